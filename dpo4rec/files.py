@@ -1,0 +1,129 @@
+"""Files that are either whole or absent: atomic writes, verified reads, content hashes, seeds."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dpo4rec.errors import InputError
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yields a temporary name beside `path` (file or folder) and renames it to `path` when the block ends well.
+
+    A crash leaves `path` as it was. Raises `InputError` when the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    remove(partial)
+    try:
+        yield partial
+        if path.is_dir():  # a folder cannot be renamed onto a full one
+            remove(path)
+        os.replace(partial, path)
+    except OSError as error:
+        if error.errno == 28:  # ENOSPC
+            raise InputError(str(path), "no space is left on the disk", "Free some and run the same command again: finished stages are kept") from error
+        raise
+    finally:
+        remove(partial)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder with its content; absent is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(value: Any, path: Path) -> None:
+    with atomic(path) as partial:
+        partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Raises `InputError` when the file is missing or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise missing(path) from error
+    except ValueError as error:
+        raise corrupted(path, error) from error
+
+
+def write_parquet(table: pa.Table, path: Path) -> None:
+    with atomic(path) as partial:
+        pq.write_table(table, partial)
+
+
+def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """Reads a Parquet file, or all `*.parquet` of a folder in the order of their names.
+
+    Raises `InputError` when it is missing or cannot be read.
+    """
+    parts = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not parts or not parts[0].exists():
+        raise missing(path)
+    tables = []
+    for part in parts:
+        try:
+            tables.append(pq.read_table(part, columns=columns))
+        except (pa.ArrowException, OSError) as error:
+            raise corrupted(part, error) from error
+    return pa.concat_tables(tables)
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    with atomic(path) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Raises `InputError` when the safetensors file is missing or damaged."""
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise missing(path) from error
+    except SafetensorError as error:
+        raise corrupted(path, error) from error
+
+
+def missing(path: Path) -> InputError:
+    return InputError(str(path), "there is no such file", "Run the stage that makes it first, or correct the path")
+
+
+def corrupted(path: Path, error: Exception) -> InputError:
+    return InputError(str(path), f"the file is damaged ({error})", "Delete it and run again: what made it runs once more")
+
+
+def content_hash(*paths: Path) -> str:
+    """SHA-256 (16 hex digits) of the bytes and relative names of files and folders, hidden files left out."""
+    digest = hashlib.sha256()
+    for path in paths:
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        for file in files:
+            name = str(file.relative_to(path)) if path.is_dir() else file.name
+            if any(part.startswith(".") for part in Path(name).parts):
+                continue
+            digest.update(name.encode())
+            with open(file, "rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def stable_seed(*parts: str | int | float) -> int:
+    """A seed in [0, 2**63) that depends on the parts alone, the same in every process and on every machine."""
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
