@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -98,6 +100,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise missing(path) from error
     except SafetensorError as error:
         raise corrupted(path, error) from error
+
+
+def matrix(column: pa.ChunkedArray) -> Tensor:
+    """A column of equally long lists of float32 as a tensor [rows, width]."""
+    flat = pc.list_flatten(column).to_numpy()
+    return torch.from_numpy(flat.reshape(len(column), -1).copy())
 
 
 def missing(path: Path) -> InputError:

@@ -1,0 +1,119 @@
+"""From a source to the data folder that every later stage reads."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from dpo4rec.data.config import DataConfig
+from dpo4rec.data.lists import build_lists, lists_hash
+from dpo4rec.data.movielens import read_movielens
+from dpo4rec.data.schema import Tables, codes_of, item_text, validate
+from dpo4rec.data.simulation import simulate
+from dpo4rec.data.splits import SPLITS, Log, sample_users, split_users
+from dpo4rec.data.table import read_table
+from dpo4rec.errors import InputError
+from dpo4rec.files import write_json, write_parquet
+
+
+def read_source(config: DataConfig, seed: int) -> Tables:
+    """The validated tables of the configured source; raises `InputError` naming file and line (or row) of what is wrong."""
+    if config.simulation:
+        return validate(simulate(config.simulation, seed))
+    if config.table:
+        return validate(read_table(config.table, config.source_folder))
+    return validate(read_movielens(config.source, config.source_folder))
+
+
+def prepare(config: DataConfig, seed: int, out: Path) -> dict[str, Any]:
+    """Writes interactions, items, users, histories and lists (Parquet) and `summary.json` into the folder `out`; returns the summary.
+
+    The first min(floor((n+1)/2), history_length) of a user's n interactions are the history; lists come from the later ones.
+
+    Raises:
+        InputError: the source cannot be used, or a user is too short for a history and one list and `short_users` is "error".
+    """
+    tables = read_source(config, seed)
+    log, short = _usable_users(Log.of(tables), config, seed)
+    splits = split_users(len(log.users), config.validation_share, config.test_share, seed)
+    history = log.history_rows(config.history_length)
+    training_history = history & (splits[log.owners()] == SPLITS.index("train"))
+    popularity = np.bincount(log.item_codes[training_history], minlength=len(log.items)) + 1.0
+    lists = build_lists(log, config, popularity, seed)
+    users = _users(tables, log, splits)
+
+    write_parquet(_interactions(log), out / "interactions.parquet")
+    write_parquet(_with_text(tables.items), out / "items.parquet")
+    write_parquet(users, out / "users.parquet")
+    write_parquet(_histories(log, history), out / "histories.parquet")
+    write_parquet(lists, out / "lists.parquet")
+    if tables.preferences is not None:
+        kept = codes_of(tables.preferences["user_id"], log.users) >= 0
+        write_parquet(tables.preferences.filter(pa.array(kept)), out / "true_preferences.parquet")
+    summary = {
+        "source": config.source,
+        "users": {name: int((splits == code).sum()) for code, name in enumerate(SPLITS)},
+        "items": len(log.items),
+        "interactions": len(log.item_codes),
+        "lists": lists.num_rows,
+        "lists_with_a_positive": sum(any(labels) for labels in lists["labels"].to_pylist()),
+        "dropped_users": {"too_few_interactions": short, "beyond_max_users": tables.users.num_rows - short - len(log.users)},
+        "lists_hash": lists_hash(lists),
+    }
+    write_json(summary, out / "summary.json")
+    return summary
+
+
+def _usable_users(log: Log, config: DataConfig, seed: int) -> tuple[Log, int]:
+    """The log of the users that give a history and a list, sampled, and how many were too short."""
+    later = log.counts - log.history_lengths(config.history_length)
+    enough = later >= config.positives_per_list
+    if not enough.all() and config.short_users == "error":
+        user = int(np.argmin(enough))
+        cause = f"{log.counts[user]} interactions do not give a history and one list ({(~enough).sum()} such users)"
+        raise InputError(f"user {log.users[user].as_py()!r}", cause, "Set data.short_users=drop to leave such users out")
+    usable = np.flatnonzero(enough)
+    if len(usable) < 3:
+        cause = f"{len(usable)} users have enough interactions, and training, validation and test need one each"
+        raise InputError("data", cause, "Give more interactions, or lower data.positives_per_list")
+    return log.keep(sample_users(usable, config.max_users, seed)), int((~enough).sum())
+
+
+def _interactions(log: Log) -> pa.Table:
+    return pa.table(
+        {
+            "user_id": log.users.take(pa.array(log.owners())),
+            "item_id": log.items.take(pa.array(log.item_codes)),
+            "rating": log.ratings,
+            "timestamp": log.timestamps,
+        }
+    )
+
+
+def _with_text(items: pa.Table) -> pa.Table:
+    texts = [item_text(row["title"], row["genres"], row["year"], row["people"]) for row in items.to_pylist()]
+    return items.append_column("text", pa.array(texts, pa.string()))
+
+
+def _users(tables: Tables, log: Log, splits: np.ndarray) -> pa.Table:
+    rows = codes_of(log.users, tables.users["user_id"].combine_chunks())
+    return pa.table(
+        {
+            "user_id": log.users,
+            "profile": tables.users["profile"].take(pa.array(rows)),
+            "split": pa.array(np.array(SPLITS)[splits].tolist()),
+        }
+    )
+
+
+def _histories(log: Log, history: np.ndarray) -> pa.Table:
+    lengths = np.bincount(log.owners()[history], minlength=len(log.users))
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+    return pa.table(
+        {
+            "user_id": log.users,
+            "item_ids": pa.ListArray.from_arrays(offsets, log.items.take(pa.array(log.item_codes[history]))),
+            "ratings": pa.ListArray.from_arrays(offsets, pa.array(log.ratings[history])),
+        }
+    )
