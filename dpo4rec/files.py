@@ -36,7 +36,9 @@ def atomic(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     except OSError as error:
         if error.errno == 28:  # ENOSPC
-            raise InputError(str(path), "no space is left on the disk", "Free some and run the same command again: finished stages are kept") from error
+            raise InputError(
+                str(path), "no space is left on the disk", "Free some and run the same command again: finished stages are kept"
+            ) from error
         raise
     finally:
         remove(partial)
@@ -89,7 +91,8 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     with atomic(path) as partial:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+        # a copy of each: safetensors refuses tensors that share memory, as the shared experts' do
+        save_file({name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}, partial)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

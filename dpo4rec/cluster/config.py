@@ -1,0 +1,23 @@
+"""Where work runs."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveInt
+
+from dpo4rec.settings import Settings
+
+
+class ClusterConfig(Settings):
+    """Where work runs and how wide. Kind and number of workers never change a result; numbers of threads may change last bits."""
+
+    kind: Literal["debug", "ray"] = "debug"
+    """debug: everything in this process, without Ray; ray: actor pools and training workers."""
+    workers: PositiveInt = 2
+    """Actors of each pool (Ray only; debug has one worker)."""
+    threads_per_worker: PositiveInt = 1
+    """CPU threads of a pool's worker, in both kinds."""
+    training_threads: PositiveInt = 2
+    """CPU threads of the warm-up and of each alignment process."""
+    gpus_per_worker: NonNegativeFloat = 0
+    memory_per_worker_gib: Annotated[float, Field(ge=0)] = 0
+    """Memory that Ray reserves for each actor; 0 reserves none."""

@@ -1,0 +1,139 @@
+"""The whole configuration: preset < file < command line, strict, resolved before anything runs."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, PositiveInt, ValidationError, model_validator
+
+from dpo4rec.alignment.config import AlignmentConfig
+from dpo4rec.cluster.config import ClusterConfig
+from dpo4rec.data.config import DataConfig
+from dpo4rec.errors import InputError
+from dpo4rec.knowledge.encoders import EncoderConfig
+from dpo4rec.knowledge.generation import Decoding
+from dpo4rec.knowledge.language_model import LanguageModelConfig
+from dpo4rec.knowledge.prompts import PromptConfig
+from dpo4rec.preference.config import PairConfig, RewardConfig
+from dpo4rec.recommenders.config import RecommenderConfig
+from dpo4rec.run_folder import read_yaml
+from dpo4rec.settings import Settings
+
+PRESETS = Path(__file__).parent / "presets"
+FREE = ("cluster.kind", "cluster.workers", "cluster.gpus_per_worker", "cluster.memory_per_worker_gib")
+"""Keys that say where work runs and change no result: a run may be continued with other values."""
+
+
+class SamplingConfig(Settings):
+    """How many texts, and how they are drawn."""
+
+    samples: int = Field(default=8, ge=2)
+    """Texts a user and round."""
+    users_per_unit: PositiveInt = 32
+    """Users whose texts are drawn in one batch: the unit of work, the same for any number of workers."""
+    decoding: Decoding = Decoding()
+
+
+class EvaluationConfig(Settings):
+    """What is measured at the end."""
+
+    temperatures: list[float] = Field(default=[0.5, 0.7, 1.0], min_length=1)
+    """Each policy is measured at that of these which is best for it on the validation users."""
+    texts_per_user: PositiveInt = 4
+    seeds: PositiveInt = 5
+    """Recommenders a condition; metrics are averaged over them."""
+    bootstrap_samples: PositiveInt = 10_000
+
+
+class Config(Settings):
+    """A run."""
+
+    seed: int = 0
+    rounds: PositiveInt = 2
+    data: DataConfig
+    llm: LanguageModelConfig = LanguageModelConfig()
+    prompt: PromptConfig = PromptConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    encoder: EncoderConfig = EncoderConfig()
+    recommender: RecommenderConfig = RecommenderConfig()
+    reward: RewardConfig = RewardConfig()
+    pairs: PairConfig = PairConfig()
+    alignment: AlignmentConfig = AlignmentConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _reward_reads_text(self) -> "Config":
+        if not self.recommender.reads_user_text:
+            raise ValueError("recommender.user_signal must hold text (text or history+text): it is what rewards texts")
+        return self
+
+
+def presets() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def resolve(preset: str | None, file: Path | None, settings: list[str]) -> Config:
+    """The configuration from preset, YAML file and `key=value` settings, later ones winning.
+
+    Raises:
+        InputError: unknown preset or key (names the nearest), wrong value, or a combination that is not supported.
+    """
+    values: dict[str, Any] = {}
+    if preset is not None:
+        if preset not in presets():
+            raise InputError("--preset", f"there is no preset {preset!r}{_nearest(preset, presets())}", f"Known: {', '.join(presets())}")
+        values = read_yaml(PRESETS / f"{preset}.yaml")
+    if file is not None:
+        values = _merged(values, read_yaml(file))
+    for setting in settings:
+        values = _merged(values, _parsed(setting))
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise _explained(error) from error
+
+
+def _parsed(setting: str) -> dict[str, Any]:
+    key, equals, text = setting.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set {setting}", "is not of the form key=value", "Write for instance --set alignment.beta=0.05")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {setting}", "the value is not valid YAML", "Quote it") from error
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    both = dict(base)
+    for key, value in over.items():
+        old = both.get(key)
+        both[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return both
+
+
+def _explained(error: ValidationError) -> InputError:
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        known = _fields(path[:-1])
+        return InputError(".".join(path), f"there is no such setting{_nearest(path[-1], known)}", f"Known here: {', '.join(known)}")
+    cause = first["msg"].removeprefix("Value error, ").rstrip(".")
+    return InputError(".".join(path) or "config", cause, f"It was {str(first['input'])[:200]!r}" if path else "See docs/configuration.md")
+
+
+def _fields(path: list[str]) -> list[str]:
+    model: Any = Config
+    for part in path:
+        model = model.model_fields[part].annotation
+        model = next((arm for arm in getattr(model, "__args__", ()) if isinstance(arm, type) and issubclass(arm, Settings)), model)
+    return sorted(model.model_fields)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; the nearest is {close[0]!r}" if close else ""

@@ -1,0 +1,382 @@
+"""The rounds: sample, score, pair, align, refresh, evaluate. Each stage is a function from files to files of the run folder."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from dpo4rec import files
+from dpo4rec.alignment.job import read_job, write_job
+from dpo4rec.cluster.pool import Units, cut, map_units, start_ray
+from dpo4rec.config import FREE, Config
+from dpo4rec.data.prepare import prepare
+from dpo4rec.files import read_parquet, stable_seed
+from dpo4rec.knowledge.encoders import Encoder, EncoderWorkerConfig, TfidfEncoder
+from dpo4rec.knowledge.facts import Catalogue, facts
+from dpo4rec.knowledge.form import Form, grounded_share
+from dpo4rec.knowledge.generation import Decoding
+from dpo4rec.knowledge.language_model import load_tokenizer
+from dpo4rec.knowledge.prompts import prompt_table
+from dpo4rec.knowledge.sampling import Sampler, SamplerConfig
+from dpo4rec.knowledge.tiny import warm_up
+from dpo4rec.preference.agreement import rank_correlation
+from dpo4rec.preference.pairs import make_pairs
+from dpo4rec.preference.reward import Scorer, ScorerConfig, fold_users
+from dpo4rec.recommenders.fitter import FitJob, Fitter, FitterConfig, job_unit
+from dpo4rec.run_folder import RunFolder
+
+Report = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A language model as files: base model (folder or hub name) and adapter folder."""
+
+    source: str
+    adapter: Path | None
+
+    @property
+    def files(self) -> list[Path]:
+        return [path for path in (Path(self.source), self.adapter) if path is not None and path.is_dir()]
+
+
+class Run:
+    """A run of the whole method in one folder.
+
+    Args:
+        config: the resolved configuration.
+        path: the run folder.
+        announce: called with (stage, finished units, all units) for a progress display.
+
+    Raises:
+        InputError: the folder is in use or belongs to another configuration.
+    """
+
+    def __init__(self, config: Config, path: Path, announce: Callable[[str, int, int], None] = lambda stage, done, of: None) -> None:
+        self.config, self.announce = config, announce
+        self.folder = RunFolder(path.resolve(), config.model_dump(mode="json"), FREE)
+        torch.set_num_threads(config.cluster.training_threads)
+
+    def rounds(self) -> None:
+        """The method: every round asks the recommender what it thinks of the language model's texts, and aligns the model to it."""
+        self.prepare()
+        for round_ in range(self.config.rounds):
+            self.sample(round_)
+            self.fit(round_)
+            self.score(round_)
+            self.pair(round_)
+            self.align(round_)
+        self.sample(self.config.rounds)  # the last policy's texts, on which the final recommenders are fitted
+
+    # -- before the rounds ------------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> Report:
+        """Data and lists, the language model, every user's prompt."""
+        config, data = self.config, self.folder / "data"
+        summary = self._stage("prepare", config.data, [], [data], lambda: _into(data, lambda out: prepare(config.data, config.seed, out)))
+        if config.llm.built_in:
+            tiny, out = config.llm.tiny, self.folder / "language_model"
+            settings = {"tiny": tiny.model_dump(), "prompt": config.prompt.model_dump(), "threads": config.cluster.training_threads}
+            self._stage("warm-up", settings, [data], [out], lambda: self._warm_up(out))
+        prompts = self.folder / "prompts" / "prompts.parquet"
+        self._stage(
+            "prompts",
+            {"prompt": config.prompt.model_dump(), "llm": config.llm.name},
+            [data, *self.policy(0).files],
+            [prompts.parent],
+            lambda: self._prompts(prompts),
+        )
+        return summary
+
+    def _warm_up(self, out: Path) -> Report:
+        config = self.config
+        return warm_up(
+            config.llm.tiny,
+            config.prompt,
+            self.catalogue,
+            self._histories("train"),
+            self._profiles,
+            config.data.like_threshold,
+            config.seed,
+            out,
+        )
+
+    def _prompts(self, out: Path) -> Report:
+        tokenizer = load_tokenizer(self.config.llm, self.policy(0).source)
+        table = prompt_table(
+            self.config.prompt, self.catalogue, self._users, read_parquet(self.folder / "data" / "histories.parquet"), tokenizer
+        )
+        files.write_parquet(table, out)
+        return {"prompts": len(table), "mean_prompt_tokens": round(pc.mean(pc.list_value_length(table["prompt_ids"])).as_py(), 1)}
+
+    # -- one round --------------------------------------------------------------------------------------------------------------
+
+    def sample(self, round_: int) -> Report:
+        """N texts for every training and validation user by the policy of this round, and their vectors."""
+        sampling = self.config.sampling
+        report = self.texts(f"round-{round_}", self.policy(round_), ["train", "validation"], sampling.decoding, sampling.samples)
+        self._encode(f"round-{round_}")
+        return report
+
+    def fit(self, round_: int) -> Report:
+        """Recommenders that know this round's texts: for every fold and seed one that has not seen the fold's users."""
+        config, here = self.config, self.folder / f"round-{round_}"
+        jobs = [
+            FitJob(
+                out=str(here / "recommender" / f"fold-{fold}-seed-{seed}"),
+                recommender=config.recommender,
+                seed=stable_seed(config.seed, "reward", round_, fold, seed),
+                held_out=fold,
+                texts=[str(here / "vectors")],
+            )
+            for fold in range(config.reward.folds)
+            for seed in range(config.reward.seeds)
+        ]
+        return self.fit_all(f"round-{round_}/recommender", jobs)
+
+    def score(self, round_: int) -> Report:
+        """The recommender's feedback on every text."""
+        config, here = self.config, self.folder / f"round-{round_}"
+        reward = config.reward
+        scorer = ScorerConfig(
+            reward=reward,
+            data=str(self.folder / "data"),
+            item_vectors=str(self.item_vectors),
+            recommenders=[[str(here / "recommender" / f"fold-{f}-seed-{s}") for s in range(reward.seeds)] for f in range(reward.folds)],
+            user_folds=self._user_folds,
+        )
+        vectors = read_parquet_units(here / "vectors")
+        units = [(name, table.filter(pc.is_in(table["user_id"], pa.array(list(self._user_folds))))) for name, table in vectors]
+
+        def work() -> Report:
+            self._map(f"round-{round_}/score", Scorer, scorer, [(name, table) for name, table in units if len(table)], here / "scores")
+            scores = read_parquet(here / "scores")
+            report = {"texts": len(scores), "mean_reward": pc.mean(scores["reward"]).as_py()}
+            truth = self.folder / "data" / "true_preferences.parquet"
+            if truth.exists():
+                report["rank_correlation_with_truth"] = rank_correlation(read_parquet(here / "samples"), scores, read_parquet(truth))
+            return report
+
+        inputs = [here / "vectors", here / "recommender", self.item_vectors]
+        return self._stage(f"round-{round_}/score", reward, inputs, [here / "scores"], work)
+
+    def pair(self, round_: int) -> Report:
+        """Best and worst text of each training user."""
+        config, here = self.config, self.folder / f"round-{round_}"
+        pairs = here / "pairs" / "pairs.parquet"
+
+        def work() -> Report:
+            samples = self.with_form(read_parquet(here / "samples"))
+            prompts = self._prompts_of(["train"])
+            table, report = make_pairs(
+                config.pairs, prompts, samples, read_parquet(here / "scores"), stable_seed(config.seed, "pairs", round_)
+            )
+            files.write_parquet(table, pairs)
+            return report
+
+        return self._stage(f"round-{round_}/pair", config.pairs, [here / "samples", here / "scores"], [pairs.parent], work)
+
+    def align(self, round_: int) -> Report:
+        """The next policy: DPO on the pairs, the reference being the policy that wrote them."""
+        config, here, policy = self.config, self.folder / f"round-{round_}", self.policy(round_)
+
+        def work() -> Report:
+            threads = config.cluster.training_threads
+            seed = stable_seed(config.seed, "align", round_)
+            job = write_job(here, config.alignment, policy.source, here / "pairs" / "pairs.parquet", policy.adapter, seed, threads)
+            if config.cluster.kind == "ray":
+                from dpo4rec.alignment.ray_train import align_on_ray
+
+                start_ray(config.cluster)
+                align_on_ray(job, config.alignment.workers)
+            else:
+                read_job(here).run(here / "adapter")
+            return {}
+
+        settings = {"alignment": config.alignment.model_dump(mode="json"), "threads": config.cluster.training_threads}
+        return self._stage(f"round-{round_}/align", settings, [here / "pairs", *policy.files], [here / "adapter"], work)
+
+    # -- what the rounds and the evaluation share -------------------------------------------------------------------------------
+
+    def policy(self, round_: int) -> Policy:
+        """The policy that round `round_` samples from: the base model in round 0, then what the round before has aligned."""
+        base = str(self.folder / "language_model") if self.config.llm.built_in else self.config.llm.name
+        if round_ == 0:
+            return Policy(base, None)
+        aligned = self.folder / f"round-{round_ - 1}" / "adapter"
+        return Policy(base, aligned) if self.config.alignment.weights == "lora" else Policy(str(aligned), None)
+
+    def texts(self, name: str, policy: Policy, splits: list[str], decoding: Decoding, samples: int) -> Report:
+        """Samples texts for the users of `splits` into `<name>/samples`."""
+        config, out = self.config, self.folder / name / "samples"
+        sampler = SamplerConfig(
+            language_model=config.llm,
+            source=policy.source,
+            adapter=str(policy.adapter) if policy.adapter else None,
+            decoding=decoding,
+            samples=samples,
+            seed=config.seed,
+            purpose=name,
+        )
+        prompts = self._prompts_of(splits)
+
+        def work() -> Report:
+            self._map(
+                f"{name}/sample", Sampler, sampler, cut(prompts.select(["user_id", "prompt_ids"]), config.sampling.users_per_unit), out
+            )
+            return self.describe(read_parquet(out))
+
+        settings = {**sampler.model_dump(exclude={"source", "adapter"}), "splits": splits, **self._pool_settings()}
+        return self._stage(f"{name}/sample", settings, [self.folder / "prompts", *policy.files], [out], work)
+
+    def _encode(self, name: str) -> None:
+        """Vectors of the texts in `<name>/samples` into `<name>/vectors`. The first texts of a run also fit the encoder."""
+        config, out, folder = self.config, self.folder / name / "vectors", self.folder / "encoder"
+        if name == "round-0":
+            self._stage("encoder", config.encoder, [self.folder / "data", self.folder / name / "samples"], [folder], self._fit_encoder)
+
+        def work() -> Report:
+            units = [
+                (unit, table.select(["user_id", "sample", "text"])) for unit, table in read_parquet_units(self.folder / name / "samples")
+            ]
+            self._map(f"{name}/encode", Encoder, self._encoder, units, out)
+            return {"cut_texts": pc.sum(read_parquet(out, ["cut"])["cut"]).as_py()}
+
+        report = self._stage(
+            f"{name}/encode",
+            {**config.encoder.model_dump(), **self._pool_settings()},
+            [self.folder / name / "samples", folder],
+            [out],
+            work,
+        )
+        if report["cut_texts"]:
+            self.folder.log("warning", stage=name, message=f"{report['cut_texts']} texts are longer than the encoder reads and were cut")
+
+    def encoded_texts(self, name: str, policy: Policy, splits: list[str], decoding: Decoding, samples: int) -> Report:
+        report = self.texts(name, policy, splits, decoding, samples)
+        self._encode(name)
+        return report
+
+    def _fit_encoder(self) -> Report:
+        """TF-IDF sees the items' texts and the training users' first texts; item vectors are written for every kind of encoder."""
+        folder = self.folder / "encoder"
+        items = read_parquet(self.folder / "data" / "items.parquet", ["item_id", "text"])
+        if self.config.encoder.kind == "tfidf":
+            samples = read_parquet(self.folder / "round-0" / "samples")
+            of_training = samples.filter(pc.is_in(samples["user_id"], pa.array(list(self._user_folds))))
+            TfidfEncoder.fit(items["text"].to_pylist() + of_training["text"].to_pylist(), self.config.encoder.dimensions, folder)
+        encoded = Encoder(self._encoder)(items)
+        files.write_tensors({"item_vectors": files.matrix(encoded["vector"])}, self.item_vectors)
+        return {"dimensions": encoded["vector"].type.list_size, "cut_item_texts": pc.sum(encoded["cut"]).as_py()}
+
+    @property
+    def item_vectors(self) -> Path:
+        return self.folder / "encoder" / "item_vectors.safetensors"
+
+    @property
+    def _encoder(self) -> EncoderWorkerConfig:
+        return EncoderWorkerConfig(
+            encoder=self.config.encoder, folder=str(self.folder / "encoder"), language_model=self.config.llm, source=self.policy(0).source
+        )
+
+    def fit_all(self, name: str, jobs: list[FitJob]) -> Report:
+        """Fits recommenders into the folder `name` of the run; its `fits` folder holds what each fit reported."""
+        out = self.folder / name
+        fitter = FitterConfig(data=str(self.folder / "data"), item_vectors=str(self.item_vectors), user_folds=self._user_folds)
+
+        def work() -> Report:
+            self._map(f"{name} (fit)", Fitter, fitter, [job_unit(Path(job.out).name, job) for job in jobs], out / "fits")
+            return {"fits": read_parquet(out / "fits").to_pylist()}
+
+        inputs = sorted({Path(folder) for job in jobs for folder in job.texts}) + [self.folder / "data", self.item_vectors]
+        settings = {"jobs": [job.model_dump(exclude={"out", "texts"}) for job in jobs], **self._pool_settings()}
+        return self._stage(
+            f"{name}/fit" if not name.startswith("round") else name.replace("recommender", "fit"), settings, inputs, [out], work
+        )
+
+    def describe(self, samples: pa.Table) -> Report:
+        """How texts look: well-formed share, distinct share, mean tokens and, for the built-in model, the share of grounded claims."""
+        formed = self.with_form(samples)
+        report = {
+            "texts": len(samples),
+            "well_formed": pc.mean(pc.cast(formed["well_formed"], pa.float64())).as_py(),
+            "distinct": pc.count_distinct(samples["text"]).as_py() / len(samples),
+            "mean_tokens": pc.mean(pc.list_value_length(samples["token_ids"])).as_py(),
+        }
+        if self.config.llm.built_in:
+            pairs = zip(samples["user_id"].to_pylist(), samples["text"].to_pylist(), strict=True)
+            shares = [share for user, text in pairs if (share := grounded_share(text, self._true_claims[user])) is not None]
+            report["grounded"] = sum(shares) / max(1, len(shares))
+        return report
+
+    def with_form(self, samples: pa.Table) -> pa.Table:
+        form = Form(self.catalogue.names if self.config.llm.built_in else None)
+        verdicts = [
+            form(text, finished) for text, finished in zip(samples["text"].to_pylist(), samples["finished"].to_pylist(), strict=True)
+        ]
+        return samples.append_column("well_formed", pa.array(verdicts, pa.bool_()))
+
+    # -- what is read once ------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def catalogue(self) -> Catalogue:
+        items = read_parquet(self.folder / "data" / "items.parquet")
+        return Catalogue(items, self._histories("train")["item_ids"].to_pylist())
+
+    @cached_property
+    def _users(self) -> pa.Table:
+        return read_parquet(self.folder / "data" / "users.parquet")
+
+    @cached_property
+    def _profiles(self) -> dict[str, str]:
+        return dict(zip(self._users["user_id"].to_pylist(), self._users["profile"].to_pylist(), strict=True))
+
+    @cached_property
+    def _user_folds(self) -> dict[str, int]:
+        users = self._users.filter(pc.equal(self._users["split"], "train"))["user_id"].to_pylist()
+        return fold_users(users, self.config.reward.folds, stable_seed(self.config.seed, "folds"))
+
+    @cached_property
+    def _true_claims(self) -> dict[str, set[str]]:
+        """For each user the claims, written out, that the shown part of the history supports."""
+        size, threshold = self.config.prompt.history_items, self.config.data.like_threshold
+        rows = read_parquet(self.folder / "data" / "histories.parquet").to_pylist()
+        return {
+            row["user_id"]: set(map(str, facts(self.catalogue, row["item_ids"][-size:], row["ratings"][-size:], threshold))) for row in rows
+        }
+
+    def _histories(self, split: str) -> pa.Table:
+        histories = read_parquet(self.folder / "data" / "histories.parquet")
+        users = self._users.filter(pc.equal(self._users["split"], split))["user_id"]
+        return histories.filter(pc.is_in(histories["user_id"], users.combine_chunks()))
+
+    def _prompts_of(self, splits: list[str]) -> pa.Table:
+        prompts = read_parquet(self.folder / "prompts" / "prompts.parquet")
+        return prompts.filter(pc.is_in(prompts["split"], pa.array(splits))).combine_chunks()
+
+    def _pool_settings(self) -> Report:
+        return {"threads": self.config.cluster.threads_per_worker}
+
+    def _map(self, label: str, worker: type, config: Any, units: Units, out: Path) -> None:
+        map_units(worker, config, units, out, self.config.cluster, lambda done, of: self.announce(label, done, of))
+
+    def _stage(self, name: str, settings: Any, inputs: list[Path], outputs: list[Path], work: Callable[[], Report]) -> Report:
+        values = settings if isinstance(settings, dict) else settings.model_dump(mode="json")
+        self.announce(name, 0, 0)
+        return self.folder.stage(name, {"seed": self.config.seed, **values}, inputs, outputs, work)
+
+
+def read_parquet_units(folder: Path) -> Units:
+    """The units of a pool's output folder, by name."""
+    return [(path.stem, read_parquet(path)) for path in sorted(folder.glob("*.parquet"))]
+
+
+def _into(folder: Path, work: Callable[[Path], Report]) -> Report:
+    with files.atomic(folder) as partial:
+        partial.mkdir()
+        return work(partial)

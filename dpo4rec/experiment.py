@@ -1,0 +1,248 @@
+"""The evaluation at the end of a run: every condition on the same frozen lists, with controls, seeds and significance.
+
+Validation users choose the temperature of each policy; test users are read once, in `measure`.
+Metrics are averaged over recommender seeds, texts and lists of a user, then over users.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from dpo4rec import files
+from dpo4rec.driver import Report, Run
+from dpo4rec.evaluation.metrics import METRICS, per_user
+from dpo4rec.evaluation.significance import paired_bootstrap
+from dpo4rec.files import stable_seed
+from dpo4rec.recommenders.fitter import FitJob, user_vectors_of
+from dpo4rec.recommenders.lists import RankingData
+from dpo4rec.recommenders.model import Reranker
+from dpo4rec.recommenders.scoring import logits_of
+
+POLICIES = ("untuned", "tuned")
+SELECTION_METRIC = "ndcg@5"
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A kind of recommender of the evaluation: what it personalises by, and on which policies' texts it was fitted."""
+
+    user_signal: str
+    item_text: bool
+    policies: tuple[str, ...] = ()
+
+
+JUDGES = {
+    "none": Judge("none", False),
+    "history": Judge("history", False),
+    "item-text": Judge("none", True),
+    "untuned": Judge("text", True, ("untuned",)),
+    "tuned": Judge("text", True, ("tuned",)),
+    "shared": Judge("text", True, ("untuned", "tuned")),
+    "history-untuned": Judge("history+text", True, ("untuned",)),
+    "history-tuned": Judge("history+text", True, ("tuned",)),
+}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A row of the table: who ranks, with whose text."""
+
+    label: str
+    judge: str | None
+    texts: str | None = None
+    shuffled: bool = False
+
+
+CONDITIONS = [
+    Condition("random", None),
+    Condition("popularity", None),
+    Condition("none", "none"),
+    Condition("history", "history"),
+    Condition("item text only", "item-text"),
+    Condition("shuffled text", "untuned", "untuned", shuffled=True),
+    Condition("untuned text", "untuned", "untuned"),
+    Condition("tuned text", "tuned", "tuned"),
+    Condition("untuned text, shared recommender", "shared", "untuned"),
+    Condition("tuned text, shared recommender", "shared", "tuned"),
+    Condition("history + untuned text", "history-untuned", "untuned"),
+    Condition("history + tuned text", "history-tuned", "tuned"),
+]
+
+COMPARISONS = [
+    ("tuned text", "untuned text"),
+    ("tuned text, shared recommender", "untuned text, shared recommender"),
+    ("history + tuned text", "history + untuned text"),
+    ("untuned text", "none"),
+    ("untuned text", "item text only"),
+    ("tuned text", "none"),
+    ("tuned text", "item text only"),
+    ("untuned text", "shuffled text"),
+    ("history + tuned text", "history"),
+]
+
+
+class Experiment:
+    """Evaluates a run whose rounds are done. Every step is a stage of the run folder."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.config = run, run.config
+        self.folder = run.folder / "evaluation"
+
+    def evaluate(self) -> Report:
+        """Judges, texts, temperatures, metrics. Returns the content of `evaluation/results.json`."""
+        self.fit_judges()
+        self.write_texts("validation")
+        self.choose_temperatures()
+        self.write_texts("test")
+        return self.measure()
+
+    def fit_judges(self) -> None:
+        """Each kind of recommender, once a seed, fitted on the texts of all training users: the refresh on the new policy's texts."""
+        jobs = [
+            FitJob(
+                out=str(self._judge(name, seed)),
+                recommender=self.config.recommender.model_copy(update={"user_signal": judge.user_signal, "item_text": judge.item_text}),
+                seed=stable_seed(self.config.seed, "judge", seed),
+                texts=[str(self.run.folder / f"round-{self._round(policy)}" / "vectors") for policy in judge.policies],
+            )
+            for name, judge in JUDGES.items()
+            for seed in range(self.config.evaluation.seeds)
+        ]
+        self.run.fit_all("evaluation/judges", jobs)
+
+    def write_texts(self, split: str) -> None:
+        """Texts of a split's users, by both policies: at every temperature for validation, at the chosen one for test."""
+        evaluation = self.config.evaluation
+        for policy in POLICIES:
+            temperatures = evaluation.temperatures if split == "validation" else [self.temperatures[policy]]
+            for temperature in temperatures:
+                decoding = self.config.sampling.decoding.model_copy(update={"temperature": temperature})
+                name = self._texts(policy, split, temperature)
+                self.run.encoded_texts(name, self.run.policy(self._round(policy)), [split], decoding, evaluation.texts_per_user)
+
+    def choose_temperatures(self) -> Report:
+        """The temperature at which each policy serves its own recommender best on the validation users."""
+        out = self.folder / "temperatures.json"
+        inputs = [
+            self.run.folder / self._texts(policy, "validation", t) / "vectors"
+            for policy in POLICIES
+            for t in self.config.evaluation.temperatures
+        ]
+
+        def work() -> Report:
+            curves: dict[str, dict[float, float]] = {policy: {} for policy in POLICIES}
+            for policy in POLICIES:
+                for temperature in self.config.evaluation.temperatures:
+                    values = self._metrics(Condition(policy, policy, policy), "validation", temperature, [SELECTION_METRIC])
+                    curves[policy][temperature] = float(values[SELECTION_METRIC].nanmean())
+            chosen = {policy: max(curve, key=lambda t: curve[t]) for policy, curve in curves.items()}
+            files.write_json({"chosen": chosen, "validation_ndcg@5": curves}, out)
+            return chosen
+
+        return self.run._stage("evaluation/temperatures", self.config.evaluation, [*inputs, self.folder / "judges"], [out], work)
+
+    def measure(self) -> Report:
+        """The one reading of the test users."""
+        out = self.folder / "results.json"
+        inputs = [self.run.folder / self._texts(policy, "test", self.temperatures[policy]) / "vectors" for policy in POLICIES]
+
+        def work() -> Report:
+            values = {condition.label: self._metrics(condition, "test", None, list(METRICS)) for condition in CONDITIONS}
+            self._write_per_user(values)
+            samples = {
+                policy: files.read_parquet(self.run.folder / self._texts(policy, "test", self.temperatures[policy]) / "samples")
+                for policy in POLICIES
+            }
+            results = {
+                "lists_hash": files.read_json(self.run.folder / "data" / "summary.json")["lists_hash"],
+                "test_users": int((~next(iter(values.values()))[SELECTION_METRIC].isnan()).sum()),
+                "seeds": self.config.evaluation.seeds,
+                "temperatures": files.read_json(self.folder / "temperatures.json"),
+                "metrics": {label: {name: float(value.nanmean()) for name, value in of.items()} for label, of in values.items()},
+                "comparisons": [self._compare(values, a, b, metric) for a, b in COMPARISONS for metric in ("ndcg@5", "map@5")],
+                "texts": {policy: self.run.describe(table) for policy, table in samples.items()},
+                "rewards": self._reward_reports(),
+            }
+            files.write_json(results, out)
+            return {"file": "evaluation/results.json"}
+
+        self.run._stage(
+            "evaluation/measure", self.config.evaluation, [*inputs, self.folder / "judges", self.folder / "temperatures.json"], [out], work
+        )
+        return files.read_json(out)
+
+    @property
+    def temperatures(self) -> dict[str, float]:
+        return files.read_json(self.folder / "temperatures.json")["chosen"]
+
+    def _metrics(self, condition: Condition, split: str, temperature: float | None, names: list[str]) -> dict[str, Tensor]:
+        """Per-user values [U] of each metric, NaN for users of other splits."""
+        data = self._data
+        users = data.users_of(split)
+        lists = data.lists_of(users)
+        labels, owners = data.labels[lists], data.list_users[lists]
+        totals: dict[str, list[Tensor]] = {name: [] for name in names}
+        for logits in self._logits(condition, split, temperature, lists, owners):
+            for name in names:
+                totals[name].append(METRICS[name](logits, labels))
+        return {name: per_user(torch.stack(of).mean(0), owners, len(data.user_ids)) for name, of in totals.items()}
+
+    def _logits(self, condition: Condition, split: str, temperature: float | None, lists: Tensor, owners: Tensor) -> Any:
+        """Scores [lists, K] of every seed and text."""
+        data = self._data
+        if condition.judge is None:
+            for seed in range(self.config.evaluation.seeds):
+                noise = torch.rand(data.candidates[lists].shape, generator=torch.Generator().manual_seed(seed))
+                yield noise if condition.label == "random" else data.popularity[data.candidates[lists]].float()
+            return
+        vectors = None
+        if condition.texts:
+            chosen = self.temperatures[condition.texts] if temperature is None else temperature
+            vectors = user_vectors_of([self.run.folder / self._texts(condition.texts, split, chosen) / "vectors"], data.user_ids)
+            if condition.shuffled:
+                members = data.users_of(split).nonzero().squeeze(1)
+                vectors[members] = vectors[members.roll(1 + len(members) // 2)]
+        judge = JUDGES[condition.judge]
+        item_vectors = files.read_tensors(self.run.item_vectors)["item_vectors"] if judge.item_text else None
+        for seed in range(self.config.evaluation.seeds):
+            model = Reranker.load(self._judge(condition.judge, seed)).bind(data, item_vectors)
+            for text in range(1 if vectors is None else vectors.shape[1]):
+                yield logits_of(model, data, lists, None if vectors is None else vectors[owners, text])
+
+    def _compare(self, values: dict[str, dict[str, Tensor]], a: str, b: str, metric: str) -> Report:
+        samples, seed = self.config.evaluation.bootstrap_samples, stable_seed(self.config.seed, "bootstrap")
+        comparison = paired_bootstrap(values[a][metric], values[b][metric], seed, samples)
+        return {"a": a, "b": b, "metric": metric, **asdict(comparison)}
+
+    def _write_per_user(self, values: dict[str, dict[str, Tensor]]) -> None:
+        rows = []
+        for label, of in values.items():
+            table = pa.table(
+                {"user_id": self._data.user_ids, "condition": [label] * len(self._data.user_ids), **{n: v.numpy() for n, v in of.items()}}
+            )
+            rows.append(table.filter(pa.array(~np.isnan(table[SELECTION_METRIC].to_numpy()))))
+        files.write_parquet(pa.concat_tables(rows), self.folder / "per_user.parquet")
+
+    def _reward_reports(self) -> list[Report]:
+        stages = self.run.folder.manifest["stages"]
+        return [stages[f"round-{r}/score"]["report"] | {"pairs": stages[f"round-{r}/pair"]["report"]} for r in range(self.config.rounds)]
+
+    @property
+    def _data(self) -> RankingData:
+        if not hasattr(self, "_loaded"):
+            self._loaded = RankingData.load(self.run.folder / "data")
+        return self._loaded
+
+    def _round(self, policy: str) -> int:
+        return 0 if policy == "untuned" else self.config.rounds
+
+    def _texts(self, policy: str, split: str, temperature: float) -> str:
+        return f"evaluation/texts/{policy}-{split}-t{temperature:g}"
+
+    def _judge(self, name: str, seed: int) -> Path:
+        return self.folder / "judges" / f"{name}-seed-{seed}"

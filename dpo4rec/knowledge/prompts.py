@@ -1,0 +1,67 @@
+"""The question put to the language model: who the user is, what was watched and rated, what to write about."""
+
+import pyarrow as pa
+from pydantic import PositiveInt
+from transformers import PreTrainedTokenizerBase
+
+from dpo4rec.knowledge.facts import Catalogue, Item, clean
+from dpo4rec.settings import Settings
+
+
+class PromptConfig(Settings):
+    """The three parts of the prompt (KAR, arXiv 2306.10933, section 3.2): role, history, scenario factors."""
+
+    role: str = "You are a helpful assistant that summarises and extracts a user's preferences from what the user rated."
+    request: str = (
+        "Analyse this user's preferences. Consider genre, director and actors, period and country, characters, plot and theme, "
+        "mood, acclaim, production quality and soundtrack. Say what the user likes and avoids, with details, in a few sentences."
+    )
+    history_items: PositiveInt = 15
+    """The last so many items of the visible history are shown."""
+    profile: bool = True
+    """Show the user's profile where the data has one."""
+
+
+def compose(config: PromptConfig, catalogue: Catalogue, profile: str, item_ids: list[str], ratings: list[float]) -> str:
+    """The prompt's text, for instance:
+
+    The user rated:
+    - Heat: 1990s Crime Thriller with Al Pacino, rated 5
+    Preferences:
+    """
+    lines = [config.role] if config.role else []
+    if config.profile and profile:
+        lines.append(f"The user is {clean(profile)}.")
+    shown = zip(item_ids[-config.history_items :], ratings[-config.history_items :], strict=True)
+    lines.append("The user rated:")
+    lines += [describe(catalogue.items[item_id], rating) for item_id, rating in shown]
+    return "\n".join([*lines, config.request])
+
+
+def describe(item: Item, rating: float) -> str:
+    """One line of the history. Text from data was made one clean line by the catalogue, so it cannot break the frame."""
+    attributes = " ".join(([item.era] if item.era else []) + list(item.genres))
+    people = f" with {', '.join(item.people)}" if item.people else ""
+    return f"- {item.title}: {attributes}{people}, rated {rating:g}"
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[str, list[int]]:
+    """The prompt as the model gets it (in its chat frame where the tokenizer has one) and its token ids."""
+    if tokenizer.chat_template:
+        prompt = str(tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True))
+        return prompt, tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    return prompt, tokenizer(prompt)["input_ids"]
+
+
+def prompt_table(
+    config: PromptConfig, catalogue: Catalogue, users: pa.Table, histories: pa.Table, tokenizer: PreTrainedTokenizerBase
+) -> pa.Table:
+    """Columns user_id, split, prompt, prompt_ids; one row a user in the order of `users`."""
+    by_user = {row["user_id"]: row for row in histories.to_pylist()}
+    rows = []
+    for user in users.to_pylist():
+        history = by_user[user["user_id"]]
+        prompt, ids = encode_prompt(tokenizer, compose(config, catalogue, user["profile"], history["item_ids"], history["ratings"]))
+        rows.append({"user_id": user["user_id"], "split": user["split"], "prompt": prompt, "prompt_ids": ids})
+    schema = pa.schema([("user_id", pa.string()), ("split", pa.string()), ("prompt", pa.string()), ("prompt_ids", pa.list_(pa.int32()))])
+    return pa.Table.from_pylist(rows, schema=schema)

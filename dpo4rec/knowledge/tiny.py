@@ -1,0 +1,224 @@
+"""The built-in tiny model: a small Llama and its tokenizer, made from the data set itself and taught by the noisy writer.
+
+It exists so that the whole system runs, is tested and is measured anywhere. Its texts are not those of a large model.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from pydantic import PositiveFloat, PositiveInt, model_validator
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from dpo4rec import files
+from dpo4rec.files import stable_seed
+from dpo4rec.knowledge.claims import OPENINGS
+from dpo4rec.knowledge.facts import Catalogue, facts
+from dpo4rec.knowledge.prompts import PromptConfig, compose
+from dpo4rec.knowledge.writer import Writer, WriterConfig
+from dpo4rec.settings import Settings
+
+END, PADDING = "<|end|>", "<|padding|>"
+IGNORED = -100
+"""Label of positions that do not count in the loss."""
+
+
+class TinyConfig(Settings):
+    """Shape and warm-up of the built-in model."""
+
+    hidden_size: PositiveInt = 128
+    layers: PositiveInt = 4
+    heads: PositiveInt = 4
+    key_value_heads: PositiveInt = 2
+    vocabulary: PositiveInt = 600
+    """Byte-level BPE tokens, beside one token for each name (genre, era, person, title) and opening."""
+    prompts: PositiveInt = 16_000
+    """Prompts seen in warm-up: random stretches of the training users' histories."""
+    texts_per_prompt: PositiveInt = 4
+    prompts_per_step: PositiveInt = 32
+    learning_rate: PositiveFloat = 3e-3
+    checkpoint_every_steps: PositiveInt = 100
+    writer: WriterConfig = WriterConfig()
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "TinyConfig":
+        if self.hidden_size % self.heads or self.heads % self.key_value_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} / heads {self.heads} / key_value_heads {self.key_value_heads} must divide")
+        return self
+
+
+def build_tokenizer(config: TinyConfig, catalogue: Catalogue, corpus: list[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE that can spell anything, with one token for each name and opening, so that copying and counting are easy."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=max(config.vocabulary, 300),
+        special_tokens=[END, PADDING],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    names = sorted({name for kind in catalogue.names.values() for name in kind})
+    whole = [f" {name}" for name in names] + [f" {opening}" for opening in OPENINGS.values()]
+    whole += ["\n-", *(f", rated {stars}" for stars in range(1, 6))]
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in whole])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PADDING)
+
+
+def build_model(config: TinyConfig, tokens: int, longest: int, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=tokens,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.hidden_size * 8 // 3,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.key_value_heads,
+            max_position_embeddings=longest,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def warm_up(
+    config: TinyConfig,
+    prompt: PromptConfig,
+    catalogue: Catalogue,
+    histories: pa.Table,
+    profiles: dict[str, str],
+    like_threshold: float,
+    seed: int,
+    out: Path,
+) -> dict[str, float]:
+    """Makes tokenizer and model and trains the model on the writer's texts; continues an interrupted warm-up.
+
+    Args:
+        histories: the training users' visible histories (user_id, item_ids, ratings).
+        out: folder to write model and tokenizer to, in the hub's layout.
+
+    Returns:
+        The last training loss (nats a token) and the number of parameters.
+    """
+    lessons = Lessons(config, prompt, catalogue, histories, profiles, like_threshold, seed)
+    corpus = [text for i in range(min(2000, len(lessons))) for text in (lessons.text(i)[0], *lessons.text(i)[1])]
+    tokenizer = build_tokenizer(config, catalogue, corpus)
+    torch.manual_seed(stable_seed(seed, "tiny"))
+    model = build_model(config, len(tokenizer), 1024, tokenizer)
+    lessons.tokenizer = tokenizer
+    checkpoints = out.with_name(f".{out.name}.checkpoints")
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        per_device_train_batch_size=config.prompts_per_step,
+        num_train_epochs=1,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=50,
+        adam_beta2=0.98,
+        weight_decay=0.05,
+        save_steps=config.checkpoint_every_steps,
+        save_total_limit=1,
+        logging_steps=50,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        seed=seed % 2**31,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=False,
+    )
+    trainer = WarmUpTrainer(model=model, args=arguments, train_dataset=lessons, data_collator=SharedPromptCollator(tokenizer.pad_token_id))
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
+    with files.atomic(out) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    files.remove(checkpoints)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"loss_nats_per_token": losses[-1] if losses else float("nan"), "parameters": float(model.num_parameters())}
+
+
+class Lessons(torch.utils.data.Dataset[dict[str, Any]]):
+    """Warm-up examples: example i is a stretch of some training user's history and several of the writer's texts about it."""
+
+    def __init__(
+        self,
+        config: TinyConfig,
+        prompt: PromptConfig,
+        catalogue: Catalogue,
+        histories: pa.Table,
+        profiles: dict[str, str],
+        like_threshold: float,
+        seed: int,
+    ) -> None:
+        self.config, self.prompt, self.catalogue = config, prompt, catalogue
+        self.rows, self.profiles, self.like_threshold, self.seed = histories.to_pylist(), profiles, like_threshold, seed
+        self.writer = Writer(config.writer, catalogue.names)
+        self.tokenizer: PreTrainedTokenizerFast | None = None
+
+    def __len__(self) -> int:
+        return self.config.prompts
+
+    def text(self, index: int) -> tuple[str, list[str]]:
+        rng = np.random.default_rng(stable_seed(self.seed, "lesson", index))
+        row = self.rows[rng.integers(len(self.rows))]
+        size = self.prompt.history_items
+        end = int(rng.integers(min(size, len(row["item_ids"])), len(row["item_ids"]) + 1))
+        items, ratings = row["item_ids"][max(0, end - size) : end], row["ratings"][max(0, end - size) : end]
+        true = facts(self.catalogue, items, ratings, self.like_threshold)
+        texts = [self.writer.write(true, rng) for _ in range(self.config.texts_per_prompt)]
+        return compose(self.prompt, self.catalogue, self.profiles[row["user_id"]], items, ratings), texts
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        assert self.tokenizer is not None
+        prompt, texts = self.text(index)
+        answers = [self.tokenizer(f" {text}")["input_ids"] + [self.tokenizer.eos_token_id] for text in texts]
+        return {"prompt": self.tokenizer(prompt)["input_ids"], "answers": answers}
+
+
+class SharedPromptCollator:
+    """One row a prompt: the prompt once, then its answers, each of which sees the prompt and itself alone.
+
+    With prompt `p p` and answers `a a`, `b`: positions `0 1 2 3 2`, and `b` does not see `a a`.
+    """
+
+    def __init__(self, padding: int) -> None:
+        self.padding = padding
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        longest = max(len(row["prompt"]) + sum(map(len, row["answers"])) for row in rows)
+        ids = torch.full((len(rows), longest), self.padding)
+        labels, positions = torch.full_like(ids, IGNORED), torch.zeros_like(ids)
+        # part 0 is the prompt, part k > 0 the k-th answer, -1 padding
+        parts = torch.full_like(ids, -1)
+        for i, row in enumerate(rows):
+            size, at = len(row["prompt"]), len(row["prompt"])
+            ids[i, :size], positions[i, :size], parts[i, :size] = torch.tensor(row["prompt"]), torch.arange(size), 0
+            for k, answer in enumerate(row["answers"], start=1):
+                span = slice(at, at + len(answer))
+                ids[i, span] = labels[i, span] = torch.tensor(answer)
+                positions[i, span], parts[i, span] = size + torch.arange(len(answer)), k
+                at += len(answer)
+        same = parts[:, :, None] == parts[:, None, :]
+        visible = (same | (parts[:, None, :] == 0)) & torch.ones(longest, longest, dtype=torch.bool).tril()
+        return {"input_ids": ids, "position_ids": positions, "attention_mask": visible[:, None], "labels": labels, "parts": parts}
+
+
+class WarmUpTrainer(Trainer):
+    """Cross-entropy on the answers' tokens. The first token of every answer is predicted from the prompt's last position."""
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        labels, parts = inputs.pop("labels"), inputs.pop("parts")
+        hidden = model.model(**inputs).last_hidden_state  # [B, T, H]
+        rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
+        last = (parts == 0).sum(1) - 1
+        first = parts[rows, columns] != parts[rows, columns - 1]
+        sources = torch.where(first, last[rows], columns - 1)
+        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[rows, sources]).float(), labels[rows, columns])
+        return (loss, None) if return_outputs else loss

@@ -1,0 +1,91 @@
+"""Preference pairs: the text of a user that made the recommender rank best against the one that made it rank worst."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from dpo4rec.preference.config import PairConfig
+
+PAIRS = pa.schema(
+    [
+        ("prompt", pa.string()),
+        ("chosen", pa.string()),
+        ("rejected", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("chosen_ids", pa.list_(pa.int32())),
+        ("rejected_ids", pa.list_(pa.int32())),
+        ("reward_chosen", pa.float32()),
+        ("reward_rejected", pa.float32()),
+        ("gap", pa.float32()),
+        ("user_id", pa.string()),
+        ("chosen_sample", pa.int32()),
+        ("rejected_sample", pa.int32()),
+    ]
+)
+"""Any TRL trainer reads prompt, chosen and rejected; the token ids are what was sampled and what is trained on."""
+
+
+def make_pairs(config: PairConfig, prompts: pa.Table, samples: pa.Table, scores: pa.Table, seed: int) -> tuple[pa.Table, dict[str, Any]]:
+    """Pairs in the order of `prompts`, and counts of what was left out and why.
+
+    Args:
+        prompts: user_id, prompt, prompt_ids.
+        samples: user_id, sample, text, completion, token_ids, well_formed.
+        scores: user_id, sample, reward, standardised.
+    """
+    table = samples.to_pandas().merge(scores.to_pandas(), on=["user_id", "sample"], validate="one_to_one")
+    by_user = dict(iter(table.groupby("user_id", sort=False)))
+    rows, left_out = [], {"tied": 0, "none_well_formed": 0}
+    for prompt in prompts.to_pylist():
+        found, reason = pairs_of_user(config, by_user[prompt["user_id"]])
+        if reason:
+            left_out[reason] += 1
+        rows += [{**_pair(chosen, rejected), "prompt": prompt["prompt"], "prompt_ids": prompt["prompt_ids"]} for chosen, rejected in found]
+    made = len(rows)
+    least = np.sort([row["gap"] for row in rows])[::-1][max(1, round(config.keep_share * made)) - 1] if rows else 0.0
+    rows = [row for row in rows if row["gap"] >= least]
+    if config.orientation == "random":
+        coins = np.random.default_rng(seed).random(len(rows)) < 0.5
+        rows = [_turned(row) if coin else row for row, coin in zip(rows, coins, strict=True)]
+    report = {"pairs": len(rows), "below_gap": made - len(rows), **left_out}
+    return pa.Table.from_pylist(rows, schema=PAIRS), report
+
+
+def pairs_of_user(config: PairConfig, samples: pd.DataFrame) -> tuple[list[tuple[Any, Any]], str | None]:
+    """Up to `pairs_per_user` (chosen, rejected) of distinct texts, best against worst first; or why there is none."""
+    ranked = samples.sort_values(["standardised", "sample"], ascending=[False, True]).drop_duplicates("text")
+    best = ranked[ranked["well_formed"]] if config.format_gate else ranked
+    if best.empty:
+        return [], "none_well_formed"
+    pairs = []
+    worst = ranked.iloc[::-1]
+    for chosen, rejected in zip(best.itertuples(), worst.itertuples(), strict=False):
+        # past the middle of the ranking the worst is no longer worse than the best
+        if len(pairs) == config.pairs_per_user or not chosen.standardised > rejected.standardised:
+            break
+        pairs.append((chosen, rejected))
+    return pairs, None if pairs else "tied"
+
+
+def _pair(chosen: Any, rejected: Any) -> dict[str, Any]:
+    return {
+        "chosen": chosen.completion,
+        "rejected": rejected.completion,
+        "chosen_ids": chosen.token_ids,
+        "rejected_ids": rejected.token_ids,
+        "reward_chosen": chosen.reward,
+        "reward_rejected": rejected.reward,
+        "gap": chosen.reward - rejected.reward,
+        "user_id": chosen.user_id,
+        "chosen_sample": chosen.sample,
+        "rejected_sample": rejected.sample,
+    }
+
+
+def _turned(row: dict[str, Any]) -> dict[str, Any]:
+    swap = {"chosen": "rejected", "rejected": "chosen"}
+    ends = {f"{new}{tail}": row[f"{old}{tail}"] for old, new in swap.items() for tail in ("", "_ids", "_sample")}
+    rewards = {f"reward_{new}": row[f"reward_{old}"] for old, new in swap.items()}
+    return {**row, **ends, **rewards, "gap": -row["gap"]}

@@ -1,0 +1,57 @@
+"""The result table of a run on a terminal."""
+
+from typing import Any
+
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+SHOWN = ("ndcg@1", "ndcg@3", "ndcg@5", "ndcg@10", "map@5")
+
+
+def result_tables(results: dict[str, Any]) -> Group:
+    """Metrics by condition, comparisons with 95 % intervals, and how the texts look."""
+    texts = Table(title="Texts of the test users", *["policy", "temperature", "well-formed", "distinct", "grounded claims", "tokens"])
+    for policy, of in results["texts"].items():
+        temperature = results["temperatures"]["chosen"][policy]
+        grounded = f"{of['grounded']:.3f}" if "grounded" in of else "-"
+        texts.add_row(policy, f"{temperature:g}", f"{of['well_formed']:.3f}", f"{of['distinct']:.3f}", grounded, f"{of['mean_tokens']:.1f}")
+    return Group(_metrics(results), _comparisons(results), texts, *_correlations(results))
+
+
+def print_results(results: dict[str, Any]) -> None:
+    Console(width=None).print(result_tables(results))
+
+
+def _metrics(results: dict[str, Any]) -> Table:
+    title = f"Test users: {results['test_users']}, {results['seeds']} seeds, lists {results['lists_hash']}"
+    table = Table(title=title)
+    table.add_column("condition")
+    for name in SHOWN:
+        table.add_column(name.replace("ndcg", "NDCG").replace("map", "MAP"), justify="right")
+    for label, values in results["metrics"].items():
+        table.add_row(escape(label), *(f"{values[name]:.4f}" for name in SHOWN))
+    return table
+
+
+def _comparisons(results: dict[str, Any]) -> Table:
+    table = Table("difference in NDCG@5", "mean", "95 % interval", "p", title="Paired bootstrap over users")
+    for row in results["comparisons"]:
+        if row["metric"] == "ndcg@5":
+            interval = f"[{row['low']:+.4f}, {row['high']:+.4f}]"
+            table.add_row(escape(f"{row['a']} - {row['b']}"), f"{row['difference']:+.4f}", escape(interval), f"{row['p_value']:.4f}")
+    return table
+
+
+def _correlations(results: dict[str, Any]) -> list[Text]:
+    lines = []
+    for number, of in enumerate(results["rewards"]):
+        found = of.get("rank_correlation_with_truth", {})
+        if "mean" in found:
+            lines.append(
+                Text(
+                    f"Round {number}: rewards follow the simulated users' true preferences: Spearman {found['mean']:.3f} ± {found['standard_error']:.3f}"
+                )
+            )
+    return lines

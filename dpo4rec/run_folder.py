@@ -1,0 +1,135 @@
+"""The run folder: the artifacts of a run on disk, and the manifest that says what was made from what.
+
+A stage is a function from files to files. It runs when its key (settings, seed, content of its inputs) differs from the
+manifest's, or its output is gone; otherwise it is skipped. Running again is resuming.
+"""
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dpo4rec import __version__, files
+from dpo4rec.errors import InputError
+
+PACKAGES = ("torch", "transformers", "peft", "trl", "ray", "deepspeed", "bitsandbytes", "numpy", "pyarrow", "scikit-learn")
+
+
+class RunFolder:
+    """A run's folder, held by one driver at a time.
+
+    Args:
+        path: the folder; made if absent.
+        config: the resolved configuration, written to `config.yaml`, or compared with the one there.
+        free: dotted keys whose values may differ from the folder's own (they change no result).
+
+    Raises:
+        InputError: another run holds the folder, or it belongs to another configuration.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], free: tuple[str, ...] = ()) -> None:
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "logs").mkdir(exist_ok=True)
+        self._lock = open(path / ".lock", "w")  # noqa: SIM115 PTH123  held until the process ends
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(str(path), "another process is running in this folder", "Wait for it, or give another --run-dir") from error
+        for partial in path.rglob(".*.partial-*"):
+            files.remove(partial)
+        self._keep_config(config, free)
+        self.manifest: dict[str, Any] = files.read_json(path / "manifest.json") if (path / "manifest.json").exists() else {"stages": {}}
+        versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+        self.manifest["versions"] = {"dpo4rec": __version__, "python": platform.python_version(), **versions}
+
+    def _keep_config(self, config: dict[str, Any], free: tuple[str, ...]) -> None:
+        file = self.path / "config.yaml"
+        if file.exists():
+            differing = sorted(set(_differing(read_yaml(file), config)) - set(free))
+            if differing:
+                raise InputError(
+                    str(file),
+                    f"this run folder was made with another value of {', '.join(differing)}",
+                    "Use the same values, or another --run-dir",
+                )
+        with files.atomic(file) as partial:
+            partial.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def stage(
+        self, name: str, settings: dict[str, Any], inputs: list[Path], outputs: list[Path], work: Callable[[], dict[str, Any] | None]
+    ) -> dict[str, Any]:
+        """Runs `work` unless it was done with the same settings and inputs; returns what it reported then or now.
+
+        A stage that was begun with another key starts from nothing; one that was interrupted finds its finished parts.
+        """
+        key = stage_key(settings, inputs)
+        entry = self.manifest["stages"].get(name, {})
+        if entry.get("key") == key and entry.get("state") == "done" and all(path.exists() for path in outputs):
+            self.log("skipped", stage=name)
+            return entry["report"]
+        if entry.get("key") != key:
+            for path in outputs:
+                files.remove(path)
+            self._record(name, {"key": key, "state": "begun"})
+        self.log("begun", stage=name)
+        start = time.monotonic()
+        report = work() or {}
+        seconds = round(time.monotonic() - start, 2)
+        self._record(
+            name, {"key": key, "state": "done", "seconds": seconds, "inputs": [self._relative(path) for path in inputs], "report": report}
+        )
+        self.log("done", stage=name, seconds=seconds)
+        return report
+
+    def _record(self, name: str, entry: dict[str, Any]) -> None:
+        self.manifest["stages"][name] = entry
+        files.write_json(self.manifest, self.path / "manifest.json")
+
+    def _relative(self, path: Path) -> str:
+        return str(path.relative_to(self.path)) if path.is_relative_to(self.path) else path.name
+
+    def log(self, event: str, **values: Any) -> None:
+        """Appends one line to `log.jsonl`."""
+        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **values}
+        with open(self.path / "log.jsonl", "a", encoding="utf-8") as stream:  # noqa: PTH123
+            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def stage_key(settings: dict[str, Any], inputs: list[Path]) -> str:
+    """Raises `InputError` when an input is missing: the stage that makes it has not run."""
+    for path in inputs:
+        if not path.exists():
+            raise files.missing(path)
+    content = [files.content_hash(path) for path in inputs]
+    return hashlib.sha256(json.dumps([settings, content], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Raises `InputError` when the file is missing or not a YAML mapping."""
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise files.missing(path) from error
+    except yaml.YAMLError as error:
+        raise InputError(str(path), f"not valid YAML ({error})", "Correct it") from error
+    if not isinstance(value, dict):
+        raise InputError(str(path), "holds no settings", "Write `section:` lines with `key: value` below them")
+    return value
+
+
+def _differing(old: Any, new: Any, prefix: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(set(old) | set(new))
+        return [path for key in keys for path in _differing(old.get(key), new.get(key), f"{prefix}{key}.")]
+    return [] if old == new else [prefix.rstrip(".")]

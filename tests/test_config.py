@@ -1,0 +1,60 @@
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from dpo4rec.cli import app
+from dpo4rec.config import Config, presets, resolve
+from dpo4rec.errors import InputError
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_every_shipped_preset_resolves_and_survives_a_dump(preset: str) -> None:
+    settings = [] if preset == "quickstart" else ["data.folder=/data"]
+    config = resolve(preset, None, settings)
+    assert Config.model_validate(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config
+
+
+def test_command_line_beats_file_beats_preset(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("alignment: {beta: 0.2, epochs: 2}\n")
+    config = resolve("quickstart", file, ["alignment.beta=0.3"])
+    assert (config.alignment.beta, config.alignment.epochs, config.data.source) == (0.3, 2, "simulation")
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("alignment.betta=0.1", ["alignment.betta", "nearest is 'beta'"]),
+        ("aligment.beta=0.1", ["aligment", "nearest is 'alignment'"]),
+        ("alignment.beta=-1", ["alignment.beta", "greater than 0"]),
+        ("llm.tiny.writer.kind_weights={opera: 1}", ["llm.tiny.writer", "opera"]),
+        ("recommender.user_signal=history", ["user_signal must hold text"]),
+        ("llm.quantization=nf4", ["tiny model"]),
+        ("data.folder=/x", ["data", "folder"]),
+        ("beta", ["key=value"]),
+        ("a=[", ["YAML"]),
+    ],
+)
+def test_bad_settings_are_named(setting: str, words: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        resolve("quickstart", None, [setting])
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_errors_leave_with_status_2_and_one_line() -> None:
+    result = CliRunner().invoke(app, ["run", "--preset", "quickstrat"])
+    assert result.exit_code == 2
+    assert "error: --preset: there is no preset 'quickstrat'; the nearest is 'quickstart'" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_dry_run_prints_settings_and_stages_and_makes_nothing(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["run", "--preset", "quickstart", "--run-dir", str(tmp_path / "r"), "--dry-run", "--set", "seed=7"])
+    assert result.exit_code == 0, result.output
+    resolved = yaml.safe_load(result.output.split("stages:")[0])
+    assert resolved["seed"] == 7
+    assert "round-1: sample, fit, score, pair, align" in result.output
+    assert not (tmp_path / "r").exists()

@@ -1,0 +1,89 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from dpo4rec.preference.agreement import agreement, rank_correlation
+from dpo4rec.preference.config import PairConfig
+from dpo4rec.preference.pairs import PAIRS, make_pairs
+from dpo4rec.preference.reward import fold_users, standardise
+
+PROMPTS = pa.table({"user_id": ["u", "v"], "prompt": ["pu", "pv"], "prompt_ids": [[1, 2], [3]]})
+
+
+def texts(rows: list[tuple[str, int, str, bool]]) -> pa.Table:
+    return pa.Table.from_pylist(
+        [
+            {"user_id": u, "sample": s, "text": t, "completion": f" {t}", "token_ids": [s, 9], "finished": True, "well_formed": f}
+            for u, s, t, f in rows
+        ]
+    )
+
+
+def scores(rows: list[tuple[str, int, float]]) -> pa.Table:
+    return pa.Table.from_pylist([{"user_id": u, "sample": s, "reward": -1 + v / 10, "standardised": v} for u, s, v in rows])
+
+
+SAMPLES = texts(
+    [("u", 0, "a", True), ("u", 1, "b", True), ("u", 2, "c", False), ("u", 3, "d", True), ("v", 0, "a", True), ("v", 1, "a", True)]
+)
+SCORES = scores([("u", 0, 0.0), ("u", 1, 1.0), ("u", 2, 2.0), ("u", 3, -1.0), ("v", 0, 0.5), ("v", 1, -0.5)])
+
+
+def test_best_against_worst_and_a_malformed_text_is_never_chosen() -> None:
+    table, report = make_pairs(PairConfig(), PROMPTS, SAMPLES, SCORES, seed=0)
+    assert table.schema == PAIRS
+    (row,) = table.to_pylist()
+    assert (row["prompt"], row["chosen"], row["rejected"]) == ("pu", " b", " d")
+    assert (row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) == ([1, 2], [1, 9], [3, 9])
+    assert row["gap"] == pytest.approx(0.2)
+    assert report == {"pairs": 1, "below_gap": 0, "tied": 1, "none_well_formed": 0}
+
+
+def test_without_the_gate_the_best_is_chosen_whatever_its_form() -> None:
+    table, _ = make_pairs(PairConfig(format_gate=False, pairs_per_user=2), PROMPTS, SAMPLES, SCORES, seed=0)
+    assert [(row["chosen"], row["rejected"]) for row in table.to_pylist()] == [(" c", " d"), (" b", " a")]
+
+
+def test_the_smallest_gaps_are_left_out() -> None:
+    table, report = make_pairs(PairConfig(format_gate=False, pairs_per_user=2, keep_share=0.5), PROMPTS, SAMPLES, SCORES, seed=0)
+    assert [(row["chosen"], row["rejected"]) for row in table.to_pylist()] == [(" c", " d")]
+    assert report["below_gap"] == 1
+
+
+def test_random_orientation_keeps_the_pairs() -> None:
+    users = [f"u{i}" for i in range(40)]
+    prompts = pa.table({"user_id": users, "prompt": users, "prompt_ids": [[1]] * 40})
+    samples = texts([(u, s, t, True) for u in users for s, t in enumerate("ab")])
+    scored = scores([(u, s, float(s)) for u in users for s in range(2)])
+    table, _ = make_pairs(PairConfig(orientation="random"), prompts, samples, scored, seed=1)
+    assert set(table["gap"].to_numpy().round(3)) == {np.float32(0.1), np.float32(-0.1)}
+    for row in table.to_pylist():
+        assert row["gap"] == pytest.approx(row["reward_chosen"] - row["reward_rejected"])
+        assert row["chosen"].strip() == "ab"[row["chosen_sample"]]
+
+
+def test_standardised_rewards_have_mean_0_and_deviation_1_within_a_user() -> None:
+    raw = torch.tensor([[1.0, 10.0], [3.0, 10.0], [5.0, 10.0], [7.0, 1.0], [9.0, 3.0]])
+    result = standardise(raw, torch.tensor([0, 0, 0, 1, 1]))
+    assert torch.allclose(result[:3, 0], torch.tensor([-1.2247, 0.0, 1.2247]), atol=1e-4)
+    assert torch.equal(result[:3, 1], torch.zeros(3))
+    assert torch.allclose(result[3:], torch.tensor([[-1.0, -1.0], [1.0, 1.0]]))
+
+
+def test_folds_are_even_and_depend_on_the_seed_alone() -> None:
+    users = [f"u{i}" for i in range(11)]
+    folds = fold_users(users, 2, seed=3)
+    assert sorted(np.bincount(list(folds.values()))) == [5, 6]
+    assert folds == fold_users(users, 2, seed=3) != fold_users(users, 2, seed=4)
+
+
+def test_rewards_that_follow_the_truth_correlate_with_it() -> None:
+    preferences = {("genre", "Comedy"): 1.0, ("genre", "Horror"): -2.0, ("era", "1990s"): 0.5}
+    assert agreement("Enjoys Comedy. Avoids Horror. Prefers the 1990s. Loved Heat.", preferences) == 3.5
+    assert agreement("not claims", preferences) == 0
+    users = ("u", "v")
+    truth = pa.Table.from_pylist([{"user_id": u, "kind": k, "name": n, "weight": w} for u in users for (k, n), w in preferences.items()])
+    samples = texts([(u, s, t, True) for u in users for s, t in enumerate(["Enjoys Horror.", "Enjoys Comedy.", "Avoids Horror."])])
+    follow = rank_correlation(samples, scores([(u, s, s - 1.0) for u in users for s in range(3)]), truth)
+    assert follow == {"mean": pytest.approx(1.0), "standard_error": 0.0, "users": 2}
