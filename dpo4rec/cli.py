@@ -150,7 +150,9 @@ def _open(config: "Config", folder: Path) -> "Iterator[Run]":
 
     display = ProgressDisplay()
     try:
-        yield Run(config, folder, display)
+        job = Run(config, folder, display)
+        yield job
+        job.folder.release()
     finally:
         display.close()
 

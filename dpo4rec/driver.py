@@ -15,7 +15,7 @@ from dpo4rec.alignment.job import read_job, write_job
 from dpo4rec.cluster.pool import Units, cut, map_units, start_ray
 from dpo4rec.config import FREE, Config
 from dpo4rec.data.prepare import prepare
-from dpo4rec.files import read_parquet, stable_seed
+from dpo4rec.files import content_hash, read_parquet, stable_seed
 from dpo4rec.knowledge.encoders import Encoder, EncoderWorkerConfig, TfidfEncoder
 from dpo4rec.knowledge.facts import Catalogue, facts
 from dpo4rec.knowledge.form import Form, grounded_share
@@ -177,18 +177,21 @@ class Run:
                 config.pairs, prompts, samples, read_parquet(here / "scores"), stable_seed(config.seed, "pairs", round_)
             )
             files.write_parquet(table, pairs)
+            self._write_job(round_)  # by which launchers/align.sh can align, too
             return report
 
-        return self._stage(f"round-{round_}/pair", config.pairs, [here / "samples", here / "scores"], [pairs.parent], work)
+        outputs = [pairs.parent, here / "alignment.json"]
+        return self._stage(f"round-{round_}/pair", config.pairs, [here / "samples", here / "scores"], outputs, work)
 
     def align(self, round_: int) -> Report:
         """The next policy: DPO on the pairs, the reference being the policy that wrote them."""
         config, here, policy = self.config, self.folder / f"round-{round_}", self.policy(round_)
 
         def work() -> Report:
-            threads = config.cluster.training_threads
-            seed = stable_seed(config.seed, "align", round_)
-            job = write_job(here, config.alignment, policy.source, here / "pairs" / "pairs.parquet", policy.adapter, seed, threads)
+            if aligned_with(here) == content_hash(here / "pairs" / "pairs.parquet"):
+                return {"by": "launcher"}  # launchers/align.sh has done it, with these pairs
+            files.remove(here / "adapter")
+            job = self._write_job(round_)
             if config.cluster.kind == "ray":
                 from dpo4rec.alignment.ray_train import align_on_ray
 
@@ -196,10 +199,15 @@ class Run:
                 align_on_ray(job, config.alignment.workers)
             else:
                 read_job(here).run(here / "adapter")
-            return {}
+            return {"by": "driver"}
 
         settings = {"alignment": config.alignment.model_dump(mode="json"), "threads": config.cluster.training_threads}
         return self._stage(f"round-{round_}/align", settings, [here / "pairs", *policy.files], [here / "adapter"], work)
+
+    def _write_job(self, round_: int) -> Path:
+        config, here, policy = self.config, self.folder / f"round-{round_}", self.policy(round_)
+        seed, threads = stable_seed(config.seed, "align", round_), config.cluster.training_threads
+        return write_job(here, config.alignment, policy.source, here / "pairs" / "pairs.parquet", policy.adapter, seed, threads)
 
     # -- what the rounds and the evaluation share -------------------------------------------------------------------------------
 
@@ -293,7 +301,7 @@ class Run:
             self._map(f"{name} (fit)", Fitter, fitter, [job_unit(Path(job.out).name, job) for job in jobs], out / "fits")
             return {"fits": read_parquet(out / "fits").to_pylist()}
 
-        inputs = sorted({Path(folder) for job in jobs for folder in job.texts}) + [self.folder / "data", self.item_vectors]
+        inputs = [*sorted({Path(folder) for job in jobs for folder in job.texts}), self.folder / "data", self.item_vectors]
         settings = {"jobs": [job.model_dump(exclude={"out", "texts"}) for job in jobs], **self._pool_settings()}
         return self._stage(
             f"{name}/fit" if not name.startswith("round") else name.replace("recommender", "fit"), settings, inputs, [out], work
@@ -374,6 +382,12 @@ class Run:
 def read_parquet_units(folder: Path) -> Units:
     """The units of a pool's output folder, by name."""
     return [(path.stem, read_parquet(path)) for path in sorted(folder.glob("*.parquet"))]
+
+
+def aligned_with(round_folder: Path) -> str | None:
+    """Hash of the pairs that the round's adapter was aligned on; None without an adapter."""
+    summary = round_folder / "adapter" / "summary.json"
+    return files.read_json(summary)["job"]["pairs"] if summary.exists() else None
 
 
 def _into(folder: Path, work: Callable[[Path], Report]) -> Report:

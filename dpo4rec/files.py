@@ -33,7 +33,7 @@ def atomic(path: Path) -> Iterator[Path]:
         yield partial
         if path.is_dir():  # a folder cannot be renamed onto a full one
             remove(path)
-        os.replace(partial, path)
+        partial.replace(path)
     except OSError as error:
         if error.errno == 28:  # ENOSPC
             raise InputError(
@@ -129,7 +129,7 @@ def content_hash(*paths: Path) -> str:
             if any(part.startswith(".") for part in Path(name).parts):
                 continue
             digest.update(name.encode())
-            with open(file, "rb") as stream:
+            with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()[:16]
 

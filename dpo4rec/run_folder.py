@@ -38,7 +38,7 @@ class RunFolder:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
         (path / "logs").mkdir(exist_ok=True)
-        self._lock = open(path / ".lock", "w")  # noqa: SIM115 PTH123  held until the process ends
+        self._lock = (path / ".lock").open("w")  # held until the process ends
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -49,6 +49,10 @@ class RunFolder:
         self.manifest: dict[str, Any] = files.read_json(path / "manifest.json") if (path / "manifest.json").exists() else {"stages": {}}
         versions = {name: importlib.metadata.version(name) for name in PACKAGES}
         self.manifest["versions"] = {"dpo4rec": __version__, "python": platform.python_version(), **versions}
+
+    def release(self) -> None:
+        """Lets another driver take the folder."""
+        self._lock.close()
 
     def _keep_config(self, config: dict[str, Any], free: tuple[str, ...]) -> None:
         file = self.path / "config.yaml"
@@ -79,7 +83,7 @@ class RunFolder:
             self.log("skipped", stage=name)
             return entry["report"]
         if entry.get("key") != key:
-            for path in outputs:
+            for path in outputs if entry else []:
                 files.remove(path)
             self._record(name, {"key": key, "state": "begun"})
         self.log("begun", stage=name)
@@ -102,7 +106,7 @@ class RunFolder:
     def log(self, event: str, **values: Any) -> None:
         """Appends one line to `log.jsonl`."""
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **values}
-        with open(self.path / "log.jsonl", "a", encoding="utf-8") as stream:  # noqa: PTH123
+        with (self.path / "log.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 

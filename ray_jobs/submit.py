@@ -8,6 +8,7 @@ The token of the cluster is read from the environment (RAY_AUTH_TOKEN or RAY_AUT
 
 import argparse
 import asyncio
+import itertools
 import os
 import shlex
 import sys
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def relative_paths(options: list[str]) -> list[tuple[str, str]]:
     """The path options whose value is relative; a run folder must be given."""
-    pairs = [(name, value) for name, value in zip(options, options[1:], strict=False) if name in PATH_OPTIONS]
+    pairs = [(name, value) for name, value in itertools.pairwise(options) if name in PATH_OPTIONS]
     pairs += [tuple(option.split("=", 1)) for option in options if option.startswith(tuple(f"{name}=" for name in PATH_OPTIONS))]  # type: ignore[misc]
     if "--run-dir" not in [name for name, _ in pairs]:
         pairs.append(("--run-dir", "(not given)"))

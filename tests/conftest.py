@@ -5,9 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
+from dpo4rec.config import resolve
 from dpo4rec.data.config import DataConfig, SimulationConfig
 from dpo4rec.data.prepare import prepare
+from dpo4rec.driver import Run
+from dpo4rec.experiment import Experiment
 
 REAL_DATA = Path(os.environ.get("DPO4REC_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
@@ -30,3 +34,38 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("simulated")
     prepare(DataConfig(simulation=SimulationConfig(users=120, items=150, interactions_per_user=24)), seed=0, out=out)
     return out
+
+
+MICRO = {
+    "rounds": 1,
+    "data": {"simulation": {"users": 120, "items": 150, "interactions_per_user": 24}, "max_lists_per_user": 2},
+    "llm": {"tiny": {"hidden_size": 32, "layers": 2, "prompts": 1280, "checkpoint_every_steps": 10}},
+    "sampling": {"samples": 3, "users_per_unit": 16, "decoding": {"max_new_tokens": 12}},
+    "encoder": {"dimensions": 16},
+    "recommender": {"epochs": 1, "embedding_dim": 8, "hidden_dim": 16, "expert_hidden_dim": 16},
+    "reward": {"seeds": 1},
+    "pairs": {"format_gate": False},  # such a small model seldom gets the form right
+    "alignment": {"lora_rank": 2, "pairs_per_step": 8, "checkpoint_every_steps": 2, "nll_weight": 0.0},
+    "evaluation": {"temperatures": [1.0], "texts_per_user": 2, "seeds": 1, "bootstrap_samples": 200},
+    "cluster": {"threads_per_worker": 1, "training_threads": 1},
+}
+"""The quickstart made so small that a run takes seconds; its figures mean nothing."""
+
+
+@pytest.fixture(scope="session")
+def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A settings file for `--preset quickstart --config`."""
+    file = tmp_path_factory.mktemp("micro") / "micro.yaml"
+    file.write_text(yaml.safe_dump(MICRO))
+    return file
+
+
+@pytest.fixture(scope="session")
+def micro_run(micro: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished, undisturbed micro run in debug mode; read-only."""
+    folder = tmp_path_factory.mktemp("run") / "undisturbed"
+    run = Run(resolve("quickstart", micro, []), folder)
+    run.rounds()
+    Experiment(run).evaluate()
+    run.folder.release()
+    return folder

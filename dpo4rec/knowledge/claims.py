@@ -46,5 +46,5 @@ def parse(text: str) -> list[Claim] | None:
 
 def well_formed(text: str, names: dict[str, set[str]]) -> bool:
     """True when the text parses, repeats no claim, and every name exists among `names[kind]`."""
-    claims = parse(text)
+    claims = parse(text) or []
     return bool(claims) and len(set(claims)) == len(claims) and all(claim.name in names[claim.kind] for claim in claims)

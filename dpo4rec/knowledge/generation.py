@@ -84,7 +84,8 @@ def prefill(
     output = model(ids, past_key_values=once, attention_mask=mask, position_ids=positions, logits_to_keep=1)
     cache = StaticCache(config=model.config, max_cache_len=longest + steps)
     for index, layer in enumerate(once.layers):
-        cache.update(layer.keys.repeat_interleave(samples, 0), layer.values.repeat_interleave(samples, 0), index)
+        keys, values = (kept.repeat_interleave(samples, 0) for kept in (layer.keys, layer.values))  # type: ignore[union-attr]
+        cache.update(keys, values, index)
     return output.logits[:, -1].repeat_interleave(samples, 0), cache, mask.repeat_interleave(samples, 0)
 
 

@@ -1,7 +1,7 @@
 """Loading a language model: from the hub or a folder, in fp32, bf16 or 4-bit, with or without an adapter."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -64,10 +64,10 @@ def load_model(config: LanguageModelConfig, source: str, adapter: Path | None) -
         )
     except (OSError, ValueError) as error:
         raise _unloadable(source, error) from error
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, str(adapter))
-        model = model if quantized else model.merge_and_unload()
-    return model.eval()
+    if adapter is None:
+        return model.eval()
+    adapted: Any = PeftModel.from_pretrained(model, str(adapter))
+    return (adapted if quantized else adapted.merge_and_unload()).eval()
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

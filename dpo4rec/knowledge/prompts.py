@@ -26,7 +26,7 @@ def compose(config: PromptConfig, catalogue: Catalogue, profile: str, item_ids: 
     """The prompt's text, for instance:
 
     The user rated:
-    - Heat: 1990s Crime Thriller with Al Pacino, rated 5
+    - rated 5: Heat, 1990s Crime Thriller with Al Pacino
     Preferences:
     """
     lines = [config.role] if config.role else []
@@ -42,7 +42,7 @@ def describe(item: Item, rating: float) -> str:
     """One line of the history. Text from data was made one clean line by the catalogue, so it cannot break the frame."""
     attributes = " ".join(([item.era] if item.era else []) + list(item.genres))
     people = f" with {', '.join(item.people)}" if item.people else ""
-    return f"- {item.title}: {attributes}{people}, rated {rating:g}"
+    return f"- rated {rating:g}: {item.title}{',' if attributes else ''} {attributes}{people}".rstrip()
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[str, list[int]]:

@@ -54,7 +54,7 @@ class Sampler:
         for user, samples in zip(users, drawn, strict=True):
             for number, sample in enumerate(samples):
                 answer = sample.token_ids[:-1] if sample.finished else sample.token_ids
-                completion = self.tokenizer.decode(answer, skip_special_tokens=False)
+                completion = str(self.tokenizer.decode(answer, skip_special_tokens=False))
                 rows.append(
                     {
                         "user_id": user,

@@ -3,10 +3,11 @@
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 
 from dpo4rec.preference.config import PairConfig
+
+Row = dict[str, Any]
 
 PAIRS = pa.schema(
     [
@@ -35,8 +36,11 @@ def make_pairs(config: PairConfig, prompts: pa.Table, samples: pa.Table, scores:
         samples: user_id, sample, text, completion, token_ids, well_formed.
         scores: user_id, sample, reward, standardised.
     """
-    table = samples.to_pandas().merge(scores.to_pandas(), on=["user_id", "sample"], validate="one_to_one")
-    by_user = dict(iter(table.groupby("user_id", sort=False)))
+    judged = {(row["user_id"], row["sample"]): row for row in scores.to_pylist()}
+    by_user: dict[str, list[Row]] = {}
+    for row in samples.to_pylist():
+        if (row["user_id"], row["sample"]) in judged:
+            by_user.setdefault(row["user_id"], []).append(row | judged[row["user_id"], row["sample"]])
     rows, left_out = [], {"tied": 0, "none_well_formed": 0}
     for prompt in prompts.to_pylist():
         found, reason = pairs_of_user(config, by_user[prompt["user_id"]])
@@ -53,38 +57,36 @@ def make_pairs(config: PairConfig, prompts: pa.Table, samples: pa.Table, scores:
     return pa.Table.from_pylist(rows, schema=PAIRS), report
 
 
-def pairs_of_user(config: PairConfig, samples: pd.DataFrame) -> tuple[list[tuple[Any, Any]], str | None]:
+def pairs_of_user(config: PairConfig, samples: list[Row]) -> tuple[list[tuple[Row, Row]], str | None]:
     """Up to `pairs_per_user` (chosen, rejected) of distinct texts, best against worst first; or why there is none."""
-    ranked = samples.sort_values(["standardised", "sample"], ascending=[False, True]).drop_duplicates("text")
-    best = ranked[ranked["well_formed"]] if config.format_gate else ranked
-    if best.empty:
+    distinct: dict[str, Row] = {}
+    for row in sorted(samples, key=lambda row: (-row["standardised"], row["sample"])):
+        distinct.setdefault(row["text"], row)
+    ranked = list(distinct.values())
+    best = [row for row in ranked if row["well_formed"]] if config.format_gate else ranked
+    if not best:
         return [], "none_well_formed"
-    pairs = []
-    worst = ranked.iloc[::-1]
-    for chosen, rejected in zip(best.itertuples(), worst.itertuples(), strict=False):
-        # past the middle of the ranking the worst is no longer worse than the best
-        if len(pairs) == config.pairs_per_user or not chosen.standardised > rejected.standardised:
-            break
-        pairs.append((chosen, rejected))
-    return pairs, None if pairs else "tied"
+    pairs = [
+        (chosen, rejected)
+        for chosen, rejected in zip(best, reversed(ranked), strict=False)
+        if chosen["standardised"] > rejected["standardised"]  # past the middle of the ranking the worst is no longer worse
+    ]
+    return pairs[: config.pairs_per_user], None if pairs else "tied"
 
 
-def _pair(chosen: Any, rejected: Any) -> dict[str, Any]:
+def _pair(chosen: Row, rejected: Row) -> Row:
+    ends = {"chosen": chosen, "rejected": rejected}
     return {
-        "chosen": chosen.completion,
-        "rejected": rejected.completion,
-        "chosen_ids": chosen.token_ids,
-        "rejected_ids": rejected.token_ids,
-        "reward_chosen": chosen.reward,
-        "reward_rejected": rejected.reward,
-        "gap": chosen.reward - rejected.reward,
-        "user_id": chosen.user_id,
-        "chosen_sample": chosen.sample,
-        "rejected_sample": rejected.sample,
+        **{name: end["completion"] for name, end in ends.items()},
+        **{f"{name}_ids": end["token_ids"] for name, end in ends.items()},
+        **{f"{name}_sample": end["sample"] for name, end in ends.items()},
+        **{f"reward_{name}": end["reward"] for name, end in ends.items()},
+        "gap": chosen["reward"] - rejected["reward"],
+        "user_id": chosen["user_id"],
     }
 
 
-def _turned(row: dict[str, Any]) -> dict[str, Any]:
+def _turned(row: Row) -> Row:
     swap = {"chosen": "rejected", "rejected": "chosen"}
     ends = {f"{new}{tail}": row[f"{old}{tail}"] for old, new in swap.items() for tail in ("", "_ids", "_sample")}
     rewards = {f"reward_{new}": row[f"reward_{old}"] for old, new in swap.items()}

@@ -12,7 +12,7 @@ SHOWN = ("ndcg@1", "ndcg@3", "ndcg@5", "ndcg@10", "map@5")
 
 def result_tables(results: dict[str, Any]) -> Group:
     """Metrics by condition, comparisons with 95 % intervals, and how the texts look."""
-    texts = Table(title="Texts of the test users", *["policy", "temperature", "well-formed", "distinct", "grounded claims", "tokens"])
+    texts = Table("policy", "temperature", "well-formed", "distinct", "grounded claims", "tokens", title="Texts of the test users")
     for policy, of in results["texts"].items():
         temperature = results["temperatures"]["chosen"][policy]
         grounded = f"{of['grounded']:.3f}" if "grounded" in of else "-"
@@ -49,9 +49,6 @@ def _correlations(results: dict[str, Any]) -> list[Text]:
     for number, of in enumerate(results["rewards"]):
         found = of.get("rank_correlation_with_truth", {})
         if "mean" in found:
-            lines.append(
-                Text(
-                    f"Round {number}: rewards follow the simulated users' true preferences: Spearman {found['mean']:.3f} ± {found['standard_error']:.3f}"
-                )
-            )
+            figure = f"Spearman {found['mean']:.3f} ± {found['standard_error']:.3f} over {found['users']} users"
+            lines.append(Text(f"Round {number}: the rewards follow the simulated users' true preferences: {figure}"))
     return lines

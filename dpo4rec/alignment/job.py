@@ -1,0 +1,83 @@
+"""The file by which a driver tells other processes what to align: `alignment.json` in a round's folder."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from dpo4rec.alignment.align import align
+from dpo4rec.alignment.config import AlignmentConfig
+from dpo4rec.errors import InputError
+from dpo4rec.files import read_json, write_json
+
+NAME = "alignment.json"
+KEYS = {"config", "model", "initial_adapter", "pairs", "seed", "threads"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What `align` is told; `folder` is the round's."""
+
+    folder: Path
+    config: AlignmentConfig
+    model: str
+    initial_adapter: Path | None
+    pairs: Path
+    seed: int
+    threads: int | None
+
+    def run(self, out: Path) -> None:
+        align(self.config, self.model, self.pairs, self.initial_adapter, self.seed, out, self.threads)
+
+
+def write_job(
+    folder: Path, config: AlignmentConfig, model: str, pairs: Path, initial_adapter: Path | None, seed: int, threads: int | None = None
+) -> Path:
+    """Writes `alignment.json` and returns its path. Paths in it are relative to the folder: a run folder can be moved as a whole."""
+    values = {
+        "config": config.model_dump(mode="json"),
+        "model": _relative(Path(model), folder) if Path(model).is_dir() else model,
+        "initial_adapter": _relative(initial_adapter, folder) if initial_adapter else None,
+        "pairs": _relative(pairs, folder),
+        "seed": seed,
+        "threads": threads,
+    }
+    write_json(values, folder / NAME)
+    return folder / NAME
+
+
+def read_job(folder: Path, **changes: Any) -> Job:
+    """Reads a round's `alignment.json`.
+
+    Args:
+        folder: the round's folder.
+        changes: settings that replace those of the file (`workers=2, zero_stage=2`), checked together with them.
+
+    Raises:
+        InputError: the file is missing or damaged, lacks a key, or its settings cannot work together.
+    """
+    path = folder / NAME
+    values = read_json(path)
+    if not isinstance(values, dict) or values.keys() != KEYS:
+        raise InputError(str(path), f"it must have the keys {', '.join(sorted(KEYS))}", "Run the stage that writes it again")
+    try:
+        config = AlignmentConfig.model_validate(values["config"] | changes)
+    except ValidationError as error:
+        reasons = "; ".join(f"{'.'.join(map(str, item['loc']))} {item['msg']}".strip() for item in error.errors())
+        raise InputError(f"{path}, config", reasons, "Change the setting, or what the command line replaced") from error
+    model = folder / values["model"]
+    return Job(
+        folder,
+        config,
+        str(model.resolve()) if model.is_dir() else values["model"],
+        folder / values["initial_adapter"] if values["initial_adapter"] else None,
+        folder / values["pairs"],
+        values["seed"],
+        values["threads"],
+    )
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return os.path.relpath(path.resolve(), folder.resolve())

@@ -1,0 +1,50 @@
+"""The same alignment in the workers of Ray Train, which starts them anew when one is lost."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+from ray.train.torch import TorchTrainer
+
+from dpo4rec.alignment.job import read_job
+from dpo4rec.errors import InputError
+from dpo4rec.files import remove
+
+
+def align_on_ray(job: Path, workers: int, cpus_per_worker: float = 1, retries: int = 2) -> None:
+    """Aligns what `alignment.json` says into `adapter` beside it, with `workers` processes of a Ray that is already initialised.
+
+    A lost worker ends the others; all start again from the newest complete checkpoint, at most `retries` times.
+    The round's folder must be visible to all nodes under the same path.
+
+    Args:
+        job: the path of `alignment.json`, as `write_job` returns it.
+        workers: processes; each takes one GPU if this machine has any.
+        cpus_per_worker: CPUs that Ray reserves for each.
+
+    Raises:
+        InputError: as `align`.
+        RuntimeError: training failed more often than `retries`.
+    """
+    folder = job.parent.resolve()
+    read_job(folder, workers=workers)  # refuse before processes start
+    storage = folder / ".ray-train"
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"folder": str(folder), "workers": workers},
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=torch.cuda.is_available(), resources_per_worker={"CPU": cpus_per_worker}),
+        run_config=RunConfig(name="alignment", storage_path=str(storage), failure_config=FailureConfig(max_failures=retries)),
+    )
+    try:
+        trainer.fit()
+    except WorkerGroupError as error:
+        causes = [getattr(failure, "_base_exc", failure) for failure in error.worker_failures.values()]  # Ray wraps them
+        raise next((cause for cause in causes if isinstance(cause, InputError)), RuntimeError(str(error))) from error
+    finally:
+        remove(storage)
+
+
+def _worker(settings: dict[str, Any]) -> None:
+    folder = Path(settings["folder"])
+    read_job(folder, workers=settings["workers"]).run(folder / "adapter")

@@ -1,0 +1,295 @@
+"""DPO on a table of preference pairs: a tiny Llama in a folder, one process."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from datasets import load_dataset
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl import DPOConfig, DPOTrainer
+
+from dpo4rec.alignment.align import align
+from dpo4rec.alignment.config import AlignmentConfig
+from dpo4rec.alignment.objectives import dpo_loss, nll
+from dpo4rec.alignment.pairs import read_pairs, schedule
+from dpo4rec.alignment.policy import load_policy
+from dpo4rec.errors import InputError
+from dpo4rec.files import stable_seed, write_parquet
+
+LOG_2 = 0.693147
+SETTINGS: dict[str, Any] = {"pairs_per_step": 8, "pairs_per_device": 4, "learning_rate": 5e-3, "checkpoint_every_steps": 3}
+
+
+def make_model(folder: Path) -> Path:
+    words = ["<unk>", "<pad>", "</s>", *(f"w{i}" for i in range(97))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="</s>").save_pretrained(folder)
+    torch.manual_seed(0)
+    shape = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    special = {"pad_token_id": 1, "eos_token_id": 2, "bos_token_id": None}
+    LlamaForCausalLM(LlamaConfig(**shape, **special, max_position_embeddings=128, attention_dropout=0.1)).save_pretrained(folder)
+    return folder
+
+
+def make_rows(count: int) -> dict[str, list[Any]]:
+    """Chosen texts are of low ids, rejected ones of high ids: something to learn."""
+    draw = np.random.default_rng(1)
+    ranges = {"prompt": (3, 100, 4, 12), "chosen": (3, 63, 2, 9), "rejected": (40, 100, 2, 9)}
+    rows: dict[str, list[Any]] = {name: [] for name in (*ranges, *(f"{name}_ids" for name in ranges))}
+    for _ in range(count):
+        for name, (low, high, shortest, longest) in ranges.items():
+            ids = draw.integers(low, high, draw.integers(shortest, longest)).tolist()
+            text = " ".join(f"w{i - 3}" for i in ids)
+            rows[name].append(text if name == "prompt" else f" {text}")
+            rows[f"{name}_ids"].append(ids if name == "prompt" else [*ids, 2])
+    return rows
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.set_num_threads(1)
+    return str(make_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pairs") / "pairs.parquet"
+    write_parquet(pa.table(make_rows(45)), path)  # 45 is no multiple of 8: the last step is filled up
+    return path
+
+
+def steps_of(folder: Path, key: str = "loss") -> list[float]:
+    return [json.loads(line)[key] for line in (folder / "training_log.jsonl").read_text().splitlines()]
+
+
+def run(model: str, pairs: Path, out: Path, initial: Path | None = None, **changes: Any) -> Path:
+    align(AlignmentConfig(**{**SETTINGS, **changes}), model, pairs, initial, 0, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def plain(model: str, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two epochs of LoRA, alone and uninterrupted: what the others are compared with."""
+    return run(model, pairs, tmp_path_factory.mktemp("plain") / "adapter", epochs=2)
+
+
+def test_dpo_loss_is_equation_7() -> None:
+    chosen, rejected, reference_chosen, reference_rejected = (torch.tensor([x]) for x in (-3.0, -5.0, -4.0, -4.5))
+    margin = 0.1 * ((-3.0 + 4.0) - (-5.0 + 4.5))
+    assert dpo_loss(chosen, rejected, reference_chosen, reference_rejected, 0.1).item() == pytest.approx(np.log1p(np.exp(-margin)))
+    assert nll(torch.tensor([-6.0]), torch.tensor([4])).item() == 1.5
+
+
+def test_losses_are_those_of_trl(model: str, pairs: Path, plain: Path, tmp_path: Path) -> None:
+    """TRL loads the same file unchanged and sees the same rows in the same order."""
+    config = AlignmentConfig(**{**SETTINGS, "epochs": 2})
+    torch.manual_seed(stable_seed(0, "adapter"))
+    policy = load_policy(config, model, None, torch.device("cpu"))
+    rows = load_dataset("parquet", data_files=str(pairs), split="train", cache_dir=str(tmp_path / "cache"))
+    rows = rows.select(schedule(len(rows), 8, 2, 0).ravel().tolist()).select_columns(["prompt", "chosen", "rejected"])
+    arguments = DPOConfig(
+        output_dir=str(tmp_path / "trl"), beta=0.1, per_device_train_batch_size=4, gradient_accumulation_steps=2, num_train_epochs=1,
+        learning_rate=5e-3, warmup_steps=1, max_length=128, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True,
+        use_cpu=True, bf16=False, gradient_checkpointing=False, train_sampling_strategy="sequential", weight_decay=0.0,
+    )  # fmt: skip
+    trainer = DPOTrainer(model=policy, args=arguments, train_dataset=rows, processing_class=PreTrainedTokenizerFast.from_pretrained(model))
+    trainer.train()
+    theirs = [line["loss"] for line in trainer.state.log_history if "grad_norm" in line]
+    assert len(theirs) == 12
+    np.testing.assert_allclose(steps_of(plain)[:10], theirs[:10], atol=1e-4)
+
+
+def test_it_learns_from_log_2_and_says_what_it_wrote(plain: Path) -> None:
+    assert steps_of(plain, "dpo_loss")[0] == pytest.approx(LOG_2, abs=1e-5)
+    assert steps_of(plain)[-1] < 0.67
+    assert steps_of(plain, "accuracy")[-1] > 0.8
+    summary = json.loads((plain / "summary.json").read_text())
+    assert (summary["pairs"], summary["steps"], summary["dropped"]) == (45, 12, {})
+    assert {path.name for path in plain.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "summary.json",
+        "training_log.jsonl",
+    }
+    assert [path.name for path in plain.parent.iterdir()] == ["adapter"]  # the checkpoints are gone
+
+
+@pytest.mark.parametrize("per_device", [1, 8])
+def test_batch_and_accumulation_do_not_matter(model: str, pairs: Path, plain: Path, tmp_path: Path, per_device: int) -> None:
+    out = run(model, pairs, tmp_path / "a", epochs=2, pairs_per_device=per_device)
+    np.testing.assert_allclose(steps_of(out), steps_of(plain), atol=1e-5)
+
+
+def test_likelihood_term_is_added(model: str, pairs: Path, tmp_path: Path) -> None:
+    out = run(model, pairs, tmp_path / "a", nll_weight=0.5)
+    expected = np.array(steps_of(out, "dpo_loss")) + 0.5 * np.array(steps_of(out, "nll"))
+    np.testing.assert_allclose(steps_of(out), expected, rtol=1e-6)
+    assert steps_of(out, "nll")[-1] < steps_of(out, "nll")[0]
+
+
+@pytest.mark.parametrize("changes", [{"precision": "bf16"}, {"gradient_checkpointing": True}], ids=str)
+def test_variants_train_alike(model: str, pairs: Path, plain: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    out = run(model, pairs, tmp_path / "a", epochs=2, **changes)
+    np.testing.assert_allclose(steps_of(out), steps_of(plain), atol=5e-3 if "precision" in changes else 1e-5)
+
+
+def test_full_weights_are_a_model_folder(model: str, pairs: Path, tmp_path: Path) -> None:
+    out = run(model, pairs, tmp_path / "a", weights="full")
+    assert steps_of(out)[0] == pytest.approx(LOG_2, abs=1e-5)
+    before, after = AutoModelForCausalLM.from_pretrained(model), AutoModelForCausalLM.from_pretrained(out)
+    assert not torch.equal(before.model.embed_tokens.weight, after.model.embed_tokens.weight)
+    assert PreTrainedTokenizerFast.from_pretrained(out).eos_token == "</s>"
+
+
+def test_4_bit_gradients_are_those_of_the_same_weights_unpacked(model: str, pairs: Path, tmp_path: Path) -> None:
+    """In evaluation mode, bitsandbytes on CPU repacks its layers into a form through which no gradient passes, with only a warning."""
+    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    unpacked = AutoModelForCausalLM.from_pretrained(model, quantization_config=quantized, dtype=torch.float32, device_map={"": "cpu"})
+    unpacked.dequantize().save_pretrained(tmp_path / "unpacked")
+    four_bit = run(model, pairs, tmp_path / "a", quantization="nf4")
+    same = run(str(tmp_path / "unpacked"), pairs, tmp_path / "b")
+    np.testing.assert_allclose(steps_of(four_bit, "grad_norm"), steps_of(same, "grad_norm"), rtol=1e-2)
+    np.testing.assert_allclose(steps_of(four_bit), steps_of(same), atol=1e-4)
+
+
+def test_a_later_round_starts_at_its_own_reference(model: str, pairs: Path, plain: Path, tmp_path: Path) -> None:
+    out = run(model, pairs, tmp_path / "a", plain)
+    assert steps_of(out)[0] == pytest.approx(LOG_2, abs=1e-5)
+    assert steps_of(out, "nll")[0] != pytest.approx(steps_of(plain, "nll")[0], abs=1e-3)  # it is not the base model
+    before, after = load_file(plain / "adapter_model.safetensors"), load_file(out / "adapter_model.safetensors")
+    assert before.keys() == after.keys()
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from dpo4rec.alignment import trainer
+from dpo4rec.alignment.job import read_job
+write_line = trainer.PreferenceTrainer.log
+def log(self, logs, start_time=None):
+    write_line(self, logs, start_time)
+    if self.state.global_step == 8: os._exit(9)
+trainer.PreferenceTrainer.log = log
+read_job(Path(sys.argv[1])).run(Path(sys.argv[1]) / "adapter")
+"""
+
+
+@pytest.mark.parametrize("weights", ["lora", "full"])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(model: str, pairs: Path, tmp_path: Path, weights: str) -> None:
+    from dpo4rec.alignment.job import read_job, write_job
+
+    config = AlignmentConfig(**{**SETTINGS, "epochs": 2, "weights": weights})
+    write_job(tmp_path, config, model, pairs, None, seed=0, threads=1)
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True)
+    assert killed.returncode == 9, killed.stderr
+    assert not (tmp_path / "adapter").exists()
+    (tmp_path / ".adapter.checkpoints" / "checkpoint-9").mkdir()  # one that was not finished
+    read_job(tmp_path).run(tmp_path / "adapter")
+    whole = run(model, pairs, tmp_path / "whole", epochs=2, weights=weights)
+    assert (tmp_path / "adapter" / "training_log.jsonl").read_text() == (whole / "training_log.jsonl").read_text()
+    name = "adapter_model.safetensors" if weights == "lora" else "model.safetensors"
+    assert (tmp_path / "adapter" / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_what_another_job_left_is_not_resumed(model: str, pairs: Path, plain: Path, tmp_path: Path) -> None:
+    left = tmp_path / ".adapter.checkpoints"
+    (left / "checkpoint-3").mkdir(parents=True)
+    (left / "checkpoint-3" / "complete").touch()
+    (left / "job.json").write_text("{}")
+    out = run(model, pairs, tmp_path / "adapter", epochs=2)
+    assert (out / "adapter_model.safetensors").read_bytes() == (plain / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_file_without_ids_is_tokenized(model: str, pairs: Path, tmp_path: Path) -> None:
+    rows = make_rows(45)
+    write_parquet(pa.table({name: rows[name] for name in ("prompt", "chosen", "rejected")}), tmp_path / "texts.parquet")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
+    assert read_pairs(tmp_path / "texts.parquet", tokenizer, 100, 128) == read_pairs(pairs, None, 100, 128)
+
+
+def test_unusable_pairs_are_counted_by_reason(tmp_path: Path) -> None:
+    ids = {
+        "prompt_ids": [[5], [5], [5], [], [5]],
+        "chosen_ids": [[6, 2], [6, 2], [], [6], [6] * 9],
+        "rejected_ids": [[7, 2], [6, 2], [7], [7], [7]],
+    }
+    write_parquet(pa.table(ids), tmp_path / "pairs.parquet")
+    kept, dropped = read_pairs(tmp_path / "pairs.parquet", None, 100, 8)
+    assert len(kept) == 1
+    assert dropped == {"empty": 2, "identical": 1, "too_long": 1}
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        ({"prompt_ids": [[5]], "chosen_ids": [[6]], "rejected_ids": [[6]]}, "no pair is left"),
+        ({"prompt_ids": [[5]], "chosen_ids": [[6]], "rejected_ids": [[100]]}, "row 0"),
+        ({"prompt_ids": [[5]], "chosen_ids": [[6]], "rejected_ids": [None]}, "null"),
+        ({"prompt_ids": [[5]], "chosen_ids": [[6]]}, "rejected_ids is missing"),
+        ({"prompt_ids": ["a"], "chosen_ids": [[6]], "rejected_ids": [[7]]}, "column prompt_ids"),
+        ({"prompt": ["a"]}, "chosen, rejected"),
+        ({"prompt": ["w1"], "chosen": [None], "rejected": ["w2"]}, "row 0"),
+    ],
+)
+def test_bad_pairs_are_refused_with_their_place(model: str, tmp_path: Path, columns: dict[str, Any], says: str) -> None:
+    write_parquet(pa.table(columns), tmp_path / "pairs.parquet")
+    with pytest.raises(InputError, match=says):
+        run(model, tmp_path / "pairs.parquet", tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_damaged_and_missing_files_are_named(model: str, pairs: Path, tmp_path: Path) -> None:
+    (tmp_path / "damaged.parquet").write_bytes(pairs.read_bytes()[:100])
+    for path, says in ((tmp_path / "damaged.parquet", "damaged"), (tmp_path / "none.parquet", "no such file")):
+        with pytest.raises(InputError, match=says):
+            run(model, path, tmp_path / "a")
+    with pytest.raises(InputError, match="model"):
+        run(str(tmp_path / "nothing"), pairs, tmp_path / "a")
+
+
+def test_an_adapter_of_another_rank_is_refused(model: str, pairs: Path, plain: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="rank"):
+        run(model, pairs, tmp_path / "a", plain, lora_rank=4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"pairs_per_step": 6}, "multiple"),
+        ({"weights": "full", "quantization": "nf4"}, "4-bit"),
+        ({"weights": "full", "lora_rank": 4}, "lora_rank"),
+        ({"offload": True, "zero_stage": 1}, "offload"),
+        ({"lora_targets": ()}, "lora_targets"),
+        ({"bata": 0.1}, "bata"),
+    ],
+)
+def test_combinations_that_cannot_work_are_refused(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        AlignmentConfig(**{**SETTINGS, **changes})
+
+
+def test_processes_must_be_those_configured(model: str, pairs: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="workers"):
+        run(model, pairs, tmp_path / "a", workers=2)
+    with pytest.raises(InputError, match=r"launchers/align\.sh"):
+        run(model, pairs, tmp_path / "a", zero_stage=2)
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_every_pair_is_seen_in_every_epoch(epochs: int) -> None:
+    order = schedule(45, 8, epochs, seed=3)
+    assert order.shape == (epochs, 48)
+    assert all(set(row) == set(range(45)) for row in order.tolist())
+    assert np.array_equal(order, schedule(45, 8, epochs, seed=3))
+    assert not np.array_equal(order, schedule(45, 8, epochs, seed=4))

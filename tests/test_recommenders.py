@@ -1,0 +1,233 @@
+"""The re-rankers through their public doors: loading, fitting, scoring, saving."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+from pydantic import ValidationError
+from recommender_data import text_vectors, write_data
+
+from dpo4rec.data.config import DataConfig
+from dpo4rec.data.prepare import prepare
+from dpo4rec.errors import InputError
+from dpo4rec.evaluation.metrics import ndcg
+from dpo4rec.files import read_parquet, write_parquet
+from dpo4rec.recommenders.config import RecommenderConfig
+from dpo4rec.recommenders.fit import FitReport, fit
+from dpo4rec.recommenders.lists import RankingData
+from dpo4rec.recommenders.model import Reranker
+from dpo4rec.recommenders.scoring import logits_of
+
+ITEMS, USERS = text_vectors()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data")
+    write_data(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(folder: Path) -> RankingData:
+    return RankingData.load(folder)
+
+
+def small(**changes: object) -> RecommenderConfig:
+    settings = {
+        "embedding_dim": 8,
+        "hidden_dim": 16,
+        "expert_hidden_dim": 8,
+        "batch_size": 32,
+        "learning_rate": 1e-2,
+        "epochs": 6,
+        "dropout": 0.1,
+    }
+    return RecommenderConfig(**(settings | changes))
+
+
+def fitted(data: RankingData, config: RecommenderConfig, seed: int = 0) -> tuple[Reranker, FitReport]:
+    items, users = (ITEMS if config.item_text else None), (USERS if config.reads_user_text else None)
+    return fit(config, data, items, users, data.users_of("train"), data.users_of("validation"), seed)
+
+
+def test_data_is_coded_as_in_the_files(data: RankingData, folder: Path) -> None:
+    row = read_parquet(folder / "lists.parquet").slice(7, 1).to_pylist()[0]
+    assert data.user_ids[data.list_users[7]] == row["user_id"]
+    assert [data.item_ids[code - 1] for code in data.candidates[7]] == row["candidates"]
+    assert data.labels[7].tolist() == row["labels"]
+    history = read_parquet(folder / "histories.parquet").slice(3, 1).to_pylist()[0]
+    assert [data.item_ids[code - 1] for code in data.histories[3]] == history["item_ids"]
+    assert (data.history_ratings[3] > 0).tolist() == [rating > 3 for rating in history["ratings"]]
+    assert data.popularity[0] == 0
+    assert data.popularity.sum() == 10 * data.users_of("train").sum()
+    assert data.eras[1] == 0  # its year is unknown
+    torch.testing.assert_close(data.genres.sum(1), torch.tensor([0.0] + [1.0] * 60))
+
+
+def test_splits_and_lists_of_users(data: RankingData) -> None:
+    masks = torch.stack([data.users_of(split) for split in ("train", "validation", "test")])
+    assert (masks.sum(0) == 1).all()
+    lists = data.lists_of(data.users_of("test"))
+    assert data.users_of("test")[data.list_users[lists]].all()
+    assert len(lists) == 6 * data.users_of("test").sum()
+
+
+@pytest.mark.parametrize(
+    ("file", "column", "named"), [("lists", "user_id", "user_id"), ("histories", "user_id", "user_id"), ("users", "split", "split")]
+)
+def test_unknown_names_in_files_are_input_errors(tmp_path: Path, file: str, column: str, named: str) -> None:
+    write_data(tmp_path, users=20)
+    table = read_parquet(tmp_path / f"{file}.parquet")
+    values = table[column].to_pylist()
+    write_parquet(table.set_column(table.schema.get_field_index(column), column, [[*values[:-1], "nobody"]]), tmp_path / f"{file}.parquet")
+    with pytest.raises(InputError, match=f"{file}.parquet.*{named}.*'nobody'"):
+        RankingData.load(tmp_path)
+
+
+def test_lists_of_unequal_length_are_an_input_error(tmp_path: Path) -> None:
+    write_data(tmp_path, users=20)
+    table = read_parquet(tmp_path / "lists.parquet")
+    labels = table["labels"].to_pylist()
+    labels[0] = labels[0][:-1]
+    write_parquet(table.set_column(3, "labels", [labels]), tmp_path / "lists.parquet")
+    with pytest.raises(InputError, match="length"):
+        RankingData.load(tmp_path)
+
+
+@pytest.mark.parametrize("model", ["prm", "dlcm", "setrank"])
+def test_every_backbone_learns_from_the_text(data: RankingData, model: str) -> None:
+    test = data.lists_of(data.users_of("test"))
+    reranker, report = fitted(data, small(model=model))
+    own = logits_of(reranker, data, test, USERS[data.list_users[test], 0])
+    others = logits_of(reranker, data, test, USERS[data.list_users[test] - 1, 0])
+    assert ndcg(own, data.labels[test], 5).nanmean() > 0.9
+    assert ndcg(others, data.labels[test], 5).nanmean() < 0.6
+    assert report.validation_ndcg[report.chosen_epoch - 1] == max(report.validation_ndcg)
+    assert report.train_losses[-1] < report.train_losses[0]
+
+
+def test_history_personalises_and_no_signal_does_not(data: RankingData) -> None:
+    test = data.lists_of(data.users_of("test"))
+    quality = {}
+    for signal in ("none", "history"):
+        reranker, _ = fitted(data, small(user_signal=signal, item_text=False, epochs=12))
+        quality[signal] = ndcg(logits_of(reranker, data, test, None), data.labels[test], 5).nanmean()
+    assert quality["none"] < 0.6
+    assert quality["history"] > quality["none"] + 0.15
+
+
+def test_fit_depends_on_its_seed_alone(data: RankingData) -> None:
+    torch.manual_seed(1)
+    first, report = fitted(data, small(epochs=2))
+    expected = torch.rand(1)  # fit leaves the global state alone
+    torch.manual_seed(1)
+    assert torch.rand(1) == expected
+    second, again = fitted(data, small(epochs=2))
+    other, _ = fitted(data, small(epochs=2), seed=1)
+    assert (report.train_losses, report.validation_ndcg) == (again.train_losses, again.validation_ndcg)
+    for name, weight in first.state_dict().items():
+        assert torch.equal(weight, second.state_dict()[name]), name
+    assert not torch.equal(first.state_dict()["items.ids.weight"], other.state_dict()["items.ids.weight"])
+
+
+@pytest.mark.parametrize("signal", ["none", "history", "text", "history+text"])
+@pytest.mark.parametrize("item_text", [True, False])
+def test_saved_and_loaded_model_scores_the_same(data: RankingData, tmp_path: Path, signal: str, item_text: bool) -> None:
+    reranker, _ = fitted(data, small(user_signal=signal, item_text=item_text, epochs=1))
+    reranker.save(tmp_path / "recommender")
+    loaded = Reranker.load(tmp_path / "recommender").bind(data, ITEMS if item_text else None)
+    lists = torch.arange(50)
+    vectors = USERS[data.list_users[lists], 1] if reranker.config.reads_user_text else None
+    assert torch.equal(logits_of(loaded, data, lists, vectors), logits_of(reranker, data, lists, vectors))
+
+
+def test_a_row_scores_the_same_in_any_company(data: RankingData) -> None:
+    reranker, _ = fitted(data, small(user_signal="history+text", epochs=1))
+    lists = torch.randint(len(data.labels), (200,), generator=torch.Generator().manual_seed(0))
+    vectors = USERS[data.list_users[lists], 0]
+    together = logits_of(reranker, data, lists, vectors)
+    torch.testing.assert_close(logits_of(reranker, data, lists, vectors, batch_size=7), together)
+    torch.testing.assert_close(logits_of(reranker, data, lists.flip(0), vectors.flip(0)).flip(0), together)
+    assert logits_of(reranker, data, lists[:0], vectors[:0]).shape == (0, 10)
+
+
+def test_setrank_ignores_the_order_of_candidates(data: RankingData) -> None:
+    reranker, _ = fitted(data, small(model="setrank", epochs=1))
+    candidates, users = data.candidates[:20], data.list_users[:20]
+    vectors = USERS[users, 0]
+    torch.testing.assert_close(reranker(candidates.flip(1), users, vectors).flip(1), reranker(candidates, users, vectors))
+
+
+def test_users_outside_the_masks_may_lack_texts(data: RankingData) -> None:
+    masks = data.users_of("train"), data.users_of("validation")
+    texts = USERS.clone()
+    texts[data.users_of("test")] = torch.nan
+    _, report = fit(small(epochs=1), data, ITEMS, texts, *masks, seed=0)
+    assert report.validation_ndcg[0] > 0
+    texts[3, 1] = torch.nan
+    with pytest.raises(InputError, match="user u3"):
+        fit(small(epochs=1), data, ITEMS, texts, *masks, seed=0)
+
+
+def test_arguments_that_do_not_fit_are_input_errors(data: RankingData, tmp_path: Path) -> None:
+    train, validation = data.users_of("train"), data.users_of("validation")
+    with pytest.raises(InputError, match="user vectors are absent"):
+        fit(small(), data, ITEMS, None, train, validation, seed=0)
+    with pytest.raises(InputError, match="user vectors are given"):
+        fit(small(user_signal="history"), data, ITEMS, USERS, train, validation, seed=0)
+    with pytest.raises(InputError, match="item vectors are absent"):
+        fit(small(), data, None, USERS, train, validation, seed=0)
+    with pytest.raises(InputError, match="same encoder"):
+        fit(small(), data, ITEMS[:, :4], USERS, train, validation, seed=0)
+    with pytest.raises(InputError, match="both"):
+        fit(small(), data, ITEMS, USERS, train, train, seed=0)
+    with pytest.raises(InputError, match="no training lists"):
+        fit(small(), data, ITEMS, USERS, torch.zeros_like(train), validation, seed=0)
+    with pytest.raises(ValidationError, match="heads"):
+        RecommenderConfig(hidden_dim=30, heads=4)
+
+
+def test_a_model_refuses_another_catalogue_and_damaged_files(data: RankingData, tmp_path: Path) -> None:
+    reranker, _ = fitted(data, small(epochs=1))
+    reranker.save(tmp_path / "recommender")
+    write_data(tmp_path / "other", items=50)
+    with pytest.raises(InputError, match="shape"):
+        Reranker.load(tmp_path / "recommender").bind(RankingData.load(tmp_path / "other"), ITEMS[:50])
+    write_data(tmp_path / "other", users=20)
+    table = read_parquet(tmp_path / "other" / "items.parquet")
+    renamed = table.set_column(1, "title", table["title"]).take(list(range(59, -1, -1)))
+    write_parquet(renamed, tmp_path / "other" / "items.parquet")
+    with pytest.raises(InputError, match="fitted on other items"):
+        Reranker.load(tmp_path / "recommender").bind(RankingData.load(tmp_path / "other"), ITEMS)
+    (tmp_path / "recommender" / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(InputError, match="damaged"):
+        Reranker.load(tmp_path / "recommender")
+    with pytest.raises(InputError, match="no such file"):
+        Reranker.load(tmp_path / "nowhere")
+
+
+def test_items_without_genres_or_years_and_ratings_of_one_value(tmp_path: Path) -> None:
+    write_data(tmp_path, users=40)
+    items = read_parquet(tmp_path / "items.parquet")
+    bare = items.set_column(2, "genres", pa.array([[]] * 60, pa.list_(pa.string()))).set_column(3, "year", pa.nulls(60, pa.int32()))
+    write_parquet(bare, tmp_path / "items.parquet")
+    histories = read_parquet(tmp_path / "histories.parquet")
+    write_parquet(histories.set_column(2, "ratings", pa.array([[1.0] * 10] * 40, pa.list_(pa.float32()))), tmp_path / "histories.parquet")
+    data = RankingData.load(tmp_path)
+    assert not data.history_ratings.any()
+    reranker, report = fitted(data, small(user_signal="history", epochs=2))
+    assert report.train_losses[1] < report.train_losses[0]
+    assert logits_of(reranker, data, torch.arange(3), None).isfinite().all()
+
+
+def test_on_movielens_the_history_beats_popularity(real_data: Callable[[str], Path], tmp_path: Path) -> None:
+    prepare(DataConfig(source="ml-100k", folder=str(real_data("ml-100k"))), seed=0, out=tmp_path)
+    data = RankingData.load(tmp_path)
+    test = data.lists_of(data.users_of("test"))
+    config = RecommenderConfig(user_signal="history", item_text=False, epochs=4)
+    reranker, _ = fit(config, data, None, None, data.users_of("train"), data.users_of("validation"), seed=0)
+    popularity = ndcg(data.popularity[data.candidates[test]].float(), data.labels[test], 5).nanmean()
+    assert ndcg(logits_of(reranker, data, test, None), data.labels[test], 5).nanmean() > popularity + 0.03

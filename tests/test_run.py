@@ -1,0 +1,118 @@
+"""The whole job through its public doors: commands, run folder, resuming, Ray."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from benchmarks.interruptions import command, fingerprint, kill_and_continue
+from dpo4rec.config import resolve
+from dpo4rec.driver import Run
+from dpo4rec.errors import InputError
+from dpo4rec.experiment import CONDITIONS, Experiment
+
+
+def options(micro: Path, *more: str) -> list[str]:
+    return ["--preset", "quickstart", "--config", str(micro), *more]
+
+
+def test_a_run_measures_every_condition(micro_run: Path) -> None:
+    results = json.loads((micro_run / "evaluation" / "results.json").read_text())
+    assert list(results["metrics"]) == [condition.label for condition in CONDITIONS]
+    for values in results["metrics"].values():
+        assert all(0 <= value <= 1 for value in values.values())
+    assert {"well_formed", "distinct", "grounded"} <= set(results["texts"]["tuned"])
+    assert results["lists_hash"] == json.loads((micro_run / "data" / "summary.json").read_text())["lists_hash"]
+    per_user = pq.read_table(micro_run / "evaluation" / "per_user.parquet").to_pandas()
+    mean = per_user[per_user.condition == "tuned text"]["ndcg@5"].mean()
+    assert mean == pytest.approx(results["metrics"]["tuned text"]["ndcg@5"])
+
+
+def test_pairs_hold_what_was_sampled(micro_run: Path) -> None:
+    samples = {(row["user_id"], row["sample"]): row for row in pq.read_table(micro_run / "round-0" / "samples").to_pylist()}
+    rewards = {(row["user_id"], row["sample"]): row["reward"] for row in pq.read_table(micro_run / "round-0" / "scores").to_pylist()}
+    pairs = pq.read_table(micro_run / "round-0" / "pairs" / "pairs.parquet").to_pylist()
+    assert len(pairs) > 20
+    for pair in pairs:
+        for side in ("chosen", "rejected"):
+            key = pair["user_id"], pair[f"{side}_sample"]
+            assert pair[f"{side}_ids"] == samples[key]["token_ids"]
+            assert pair[f"reward_{side}"] == pytest.approx(rewards[key])
+
+
+def test_running_again_skips_everything(micro_run: Path, micro: Path) -> None:
+    before = fingerprint(micro_run)
+    lines = len((micro_run / "log.jsonl").read_text().splitlines())
+    done = subprocess.run(command(micro_run, options(micro)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "tuned text" in done.stdout
+    events = [json.loads(line)["event"] for line in (micro_run / "log.jsonl").read_text().splitlines()[lines:]]
+    assert set(events) == {"skipped"}
+    assert fingerprint(micro_run) == before
+
+
+def test_a_run_that_is_killed_again_and_again_ends_like_an_undisturbed_one(micro_run: Path, micro: Path, tmp_path: Path) -> None:
+    clock = random.Random(0)
+    stages = kill_and_continue(tmp_path / "killed", options(micro), [10 + 8 * clock.random() for _ in range(4)])
+    assert len(set(stages)) > 1  # the kills hit different stages
+    assert fingerprint(tmp_path / "killed") == fingerprint(micro_run)
+
+
+def test_two_ray_workers_give_the_same_bytes_as_debug(micro_run: Path, micro: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        command(tmp_path / "ray", options(micro, "--cluster", "ray", "--set", "cluster.workers=2")), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert fingerprint(tmp_path / "ray") == fingerprint(micro_run)
+
+
+def test_other_settings_are_refused_by_a_run_folder(micro_run: Path, micro: Path) -> None:
+    with pytest.raises(InputError, match=r"config.yaml.*alignment.beta, seed"):
+        Run(resolve("quickstart", micro, ["seed=1", "alignment.beta=0.7"]), micro_run)
+
+
+def test_one_driver_at_a_time(micro: Path, tmp_path: Path) -> None:
+    first = Run(resolve("quickstart", micro, []), tmp_path)
+    with pytest.raises(InputError, match="another process"):
+        Run(resolve("quickstart", micro, []), tmp_path)
+    first.folder.release()
+
+
+def test_stages_want_what_comes_before_them(micro: Path, tmp_path: Path) -> None:
+    run = Run(resolve("quickstart", micro, []), tmp_path)
+    run.prepare()
+    with pytest.raises(InputError, match=r"scores.*there is no such file"):
+        run.pair(0)
+    run.folder.release()
+
+
+def test_a_damaged_result_is_named_and_the_rest_stays(micro_run: Path, micro: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "copy"
+    shutil.copytree(micro_run, folder)
+    shard = folder / "round-0" / "scores" / "unit-00001.parquet"
+    shard.write_bytes(shard.read_bytes()[:100])
+    run = Run(resolve("quickstart", micro, []), folder)
+    with pytest.raises(InputError, match=r"unit-00001.parquet.*damaged"):
+        Experiment(run).run.pair(0)
+    run.score(0)  # makes the damaged unit, and only that, again
+    run.pair(0)
+    run.folder.release()
+    assert fingerprint(folder)["round-0/pairs"] == fingerprint(micro_run)["round-0/pairs"]
+
+
+def test_stage_commands_use_the_folders_settings(micro_run: Path) -> None:
+    environment = {**os.environ, "COLUMNS": "200"}
+    for stage in ("sample", "fit", "score", "pair", "align"):
+        done = subprocess.run([sys.executable, "-m", "dpo4rec.cli", stage, str(micro_run)], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "dpo4rec.cli", "evaluate", str(micro_run)], capture_output=True, text=True, env=environment
+    )
+    assert "history + tuned text" in done.stdout
