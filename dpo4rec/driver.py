@@ -387,7 +387,7 @@ def read_parquet_units(folder: Path) -> Units:
 def aligned_with(round_folder: Path) -> str | None:
     """Hash of the pairs that the round's adapter was aligned on; None without an adapter."""
     summary = round_folder / "adapter" / "summary.json"
-    return files.read_json(summary)["job"]["pairs"] if summary.exists() else None
+    return files.read_json(summary)["pairs_hash"] if summary.exists() else None
 
 
 def _into(folder: Path, work: Callable[[Path], Report]) -> Report:

@@ -71,7 +71,9 @@ def align(
     policy = load_policy(config, model, initial_adapter, arguments.device)
     trainer = PreferenceTrainer(config, policy, arguments, scheduled, order.shape[1])
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    _finish(trainer, out, {"pairs": len(rows), "dropped": dropped}, tokenizer if config.weights == "full" else None)
+    _finish(
+        trainer, out, {"pairs": len(rows), "dropped": dropped, "pairs_hash": job["pairs"]}, tokenizer if config.weights == "full" else None
+    )
 
 
 def _finish(trainer: PreferenceTrainer, out: Path, summary: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> None:

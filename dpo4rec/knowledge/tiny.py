@@ -32,14 +32,14 @@ class TinyConfig(Settings):
     """Shape and warm-up of the built-in model."""
 
     hidden_size: PositiveInt = 128
-    layers: PositiveInt = 4
+    layers: PositiveInt = 3
     heads: PositiveInt = 4
     key_value_heads: PositiveInt = 2
     vocabulary: PositiveInt = 600
     """Byte-level BPE tokens, beside one token for each name (genre, era, person, title) and opening."""
-    prompts: PositiveInt = 16_000
+    prompts: PositiveInt = 14_400
     """Prompts seen in warm-up: random stretches of the training users' histories."""
-    texts_per_prompt: PositiveInt = 4
+    texts_per_prompt: PositiveInt = 8
     prompts_per_step: PositiveInt = 32
     learning_rate: PositiveFloat = 3e-3
     checkpoint_every_steps: PositiveInt = 100
@@ -82,6 +82,8 @@ def build_model(config: TinyConfig, tokens: int, longest: int, tokenizer: PreTra
             num_key_value_heads=config.key_value_heads,
             max_position_embeddings=longest,
             tie_word_embeddings=True,
+            # unit variance through every layer: with the usual 0.02 so narrow a model learns to look at its prompt many times later
+            initializer_range=config.hidden_size**-0.5,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,

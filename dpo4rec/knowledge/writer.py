@@ -18,11 +18,11 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class WriterConfig(Settings):
     """Habits of the writer."""
 
-    spurious_share: Share = 0.3
+    spurious_share: Share = 0.25
     """Share of claims whose name is drawn at random from the whole catalogue."""
     length_weights: list[float] = [0.1, 0.3, 0.25, 0.2, 0.1, 0.05]
     """Weight of writing 1, 2, 3, ... claims."""
-    kind_weights: dict[str, float] = {"liked_genre": 0.3, "avoided_genre": 0.15, "era": 0.2, "person": 0.1, "title": 0.25}
+    kind_weights: dict[str, float] = {"liked_genre": 0.3, "avoided_genre": 0.2, "era": 0.2, "person": 0.15, "title": 0.15}
 
     @model_validator(mode="after")
     def _kinds_exist(self) -> "WriterConfig":

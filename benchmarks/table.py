@@ -1,0 +1,59 @@
+"""Makes docs/benchmarks.md, and the result table of the README, from benchmarks/results/*.json: `python benchmarks/table.py`."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from dpo4rec.files import read_json
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).parent / "results"
+SHOWN = ("ndcg@1", "ndcg@5", "ndcg@10", "map@5")
+
+
+def benchmarks_page() -> str:
+    """One table of figures for each result file."""
+    parts = ["# Benchmarks\n\nMade by `python benchmarks/table.py` from `benchmarks/results/*.json`.\n"]
+    for path in sorted(RESULTS.glob("*.json")):
+        result = read_json(path)
+        machine = f"{result['machine']['cores']} cores, {result['machine']['processor']}, torch {result['versions']['torch']}"
+        parts.append(f"## {path.stem}\n\n`{result['command']}`, {result['date'][:10]}, {machine}\n\n| figure | value |\n|---|---|")
+        parts.append("\n".join(f"| {name} | {value:g} |" for name, value in result["figures"].items()) + "\n")
+    return "\n".join(parts)
+
+
+def result_table(results: dict[str, Any]) -> str:
+    """A run's metrics by condition, and its comparisons, as Markdown."""
+    lines = ["| condition | " + " | ".join(name.upper() for name in SHOWN) + " |", "|---|" + "---|" * len(SHOWN)]
+    lines += [f"| {label} | " + " | ".join(f"{values[name]:.4f}" for name in SHOWN) + " |" for label, values in results["metrics"].items()]
+    lines += ["", "| difference in NDCG@5 | mean [95 % interval] | p |", "|---|---|---|"]
+    for row in results["comparisons"]:
+        if row["metric"] == "ndcg@5":
+            interval = f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
+            lines.append(f"| {row['a']} − {row['b']} | {interval} | {row['p_value']:.4f} |")
+    return "\n".join(lines)
+
+
+def readme_results() -> str:
+    result = read_json(RESULTS / "ml_1m.json")
+    results, figures = result["raw"]["results"], result["figures"]
+    chosen = results["temperatures"]["chosen"]
+    said = (
+        f"MovieLens-1M, popularity-weighted negatives, built-in tiny model, PRM, two rounds, {figures['minutes']:g} minutes on "
+        f"{result['machine']['cores']} CPU cores; {results['test_users']} test users, {results['seeds']} recommender seeds, lists "
+        f"`{results['lists_hash']}`; temperatures chosen on validation: untuned {chosen['untuned']:g}, tuned {chosen['tuned']:g}. "
+        f"Well-formed texts: {figures['well_formed_untuned']:.1%} untuned, {figures['well_formed_tuned']:.1%} tuned."
+    )
+    return f"{said}\n\n{result_table(results)}"
+
+
+def main() -> None:
+    (ROOT / "docs" / "benchmarks.md").write_text(benchmarks_page(), encoding="utf-8")
+    readme = ROOT / "README.md"
+    marked = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.DOTALL)
+    text = readme.read_text(encoding="utf-8")
+    readme.write_text(marked.sub(lambda found: f"{found[1]}{readme_results()}\n{found[2]}", text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
