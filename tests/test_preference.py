@@ -30,14 +30,15 @@ SAMPLES = texts(
 SCORES = scores([("u", 0, 0.0), ("u", 1, 1.0), ("u", 2, 2.0), ("u", 3, -1.0), ("v", 0, 0.5), ("v", 1, -0.5)])
 
 
-def test_best_against_worst_and_a_malformed_text_is_never_chosen() -> None:
+def test_best_against_worst_and_a_text_out_of_form_loses() -> None:
     table, report = make_pairs(PairConfig(), PROMPTS, SAMPLES, SCORES, seed=0)
     assert table.schema == PAIRS
-    (row,) = table.to_pylist()
-    assert (row["prompt"], row["chosen"], row["rejected"]) == ("pu", " b", " d")
-    assert (row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) == ([1, 2], [1, 9], [3, 9])
-    assert row["gap"] == pytest.approx(0.2)
-    assert report == {"pairs": 1, "below_gap": 0, "tied": 1, "none_well_formed": 0}
+    reward, form = table.to_pylist()
+    assert (reward["prompt"], reward["chosen"], reward["rejected"]) == ("pu", " b", " d")
+    assert (reward["prompt_ids"], reward["chosen_ids"], reward["rejected_ids"]) == ([1, 2], [1, 9], [3, 9])
+    assert reward["gap"] == pytest.approx(0.2)
+    assert (form["chosen"], form["rejected"]) == (" b", " c")  # "c" has the highest reward, but is not well-formed
+    assert report == {"pairs": 2, "below_gap": 0, "tied": 1, "none_well_formed": 0}
 
 
 def test_without_the_gate_the_best_is_chosen_whatever_its_form() -> None:

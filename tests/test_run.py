@@ -63,14 +63,6 @@ def test_a_run_that_is_killed_again_and_again_ends_like_an_undisturbed_one(micro
     assert fingerprint(tmp_path / "killed") == fingerprint(micro_run)
 
 
-def test_two_ray_workers_give_the_same_bytes_as_debug(micro_run: Path, micro: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        command(tmp_path / "ray", options(micro, "--cluster", "ray", "--set", "cluster.workers=2")), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert fingerprint(tmp_path / "ray") == fingerprint(micro_run)
-
-
 def test_other_settings_are_refused_by_a_run_folder(micro_run: Path, micro: Path) -> None:
     with pytest.raises(InputError, match=r"config.yaml.*alignment.beta, seed"):
         Run(resolve("quickstart", micro, ["seed=1", "alignment.beta=0.7"]), micro_run)

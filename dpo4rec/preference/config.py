@@ -27,6 +27,6 @@ class PairConfig(Settings):
     keep_share: float = Field(default=1.0, gt=0, le=1)
     """Keep the pairs with the largest gap in reward, this share of them."""
     format_gate: bool = True
-    """Never choose a text that is not well-formed."""
+    """A text that is not well-formed is never chosen, and the user's best such text is rejected in a pair of its own."""
     orientation: Literal["reward", "random"] = "reward"
     """random is the control: the same pairs, each turned by a coin."""

@@ -58,20 +58,25 @@ def make_pairs(config: PairConfig, prompts: pa.Table, samples: pa.Table, scores:
 
 
 def pairs_of_user(config: PairConfig, samples: list[Row]) -> tuple[list[tuple[Row, Row]], str | None]:
-    """Up to `pairs_per_user` (chosen, rejected) of distinct texts, best against worst first; or why there is none."""
+    """Up to `pairs_per_user` (chosen, rejected) of distinct texts, best against worst first; or why there is none.
+
+    With the format gate these are well-formed texts, and one more pair sets the best of them against the best of the others: however
+    well the recommender likes it, a text out of form must not win.
+    """
     distinct: dict[str, Row] = {}
     for row in sorted(samples, key=lambda row: (-row["standardised"], row["sample"])):
         distinct.setdefault(row["text"], row)
-    ranked = list(distinct.values())
-    best = [row for row in ranked if row["well_formed"]] if config.format_gate else ranked
-    if not best:
+    ranked = [row for row in distinct.values() if row["well_formed"] or not config.format_gate]
+    if not ranked:
         return [], "none_well_formed"
     pairs = [
         (chosen, rejected)
-        for chosen, rejected in zip(best, reversed(ranked), strict=False)
+        for chosen, rejected in zip(ranked, reversed(ranked), strict=False)
         if chosen["standardised"] > rejected["standardised"]  # past the middle of the ranking the worst is no longer worse
-    ]
-    return pairs[: config.pairs_per_user], None if pairs else "tied"
+    ][: config.pairs_per_user]
+    malformed = [row for row in distinct.values() if not row["well_formed"]] if config.format_gate else []
+    pairs += [(ranked[0], row) for row in malformed[:1]]
+    return pairs, None if pairs else "tied"
 
 
 def _pair(chosen: Row, rejected: Row) -> Row:
