@@ -61,7 +61,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("options", nargs=argparse.REMAINDER)
     given = parser.parse_args()
-    options = given.options[1:] if given.options[:1] == ["--"] else given.options
+    options = [word for word in given.options if word != "--"]
     subprocess.run(command(given.undisturbed, options), check=True, stdout=subprocess.DEVNULL)
     start_up = 12.0  # seconds before a run does anything: kills shall hit work
     clock, share = random.Random(given.seed), seconds_of(given.undisturbed) / given.kills

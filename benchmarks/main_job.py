@@ -26,7 +26,7 @@ def main() -> int:
     if given.run_dir.exists():
         parser.error(f"{given.run_dir} is there already")
     begun = time.monotonic()
-    subprocess.run(command(given.run_dir, given.options[1:]), check=True)
+    subprocess.run(command(given.run_dir, [word for word in given.options if word != "--"]), check=True)
     minutes = (time.monotonic() - begun) / 60
     results, stages = read_json(given.run_dir / "evaluation" / "results.json"), read_json(given.run_dir / "manifest.json")["stages"]
     compared = {f"{row['a']} - {row['b']}": row for row in results["comparisons"] if row["metric"] == "ndcg@5"}

@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--address", default=os.environ.get("RAY_DASHBOARD_ADDRESS", "http://127.0.0.1:8265"))
     parser.add_argument("options", nargs=argparse.REMAINDER, help="-- options of `dpo4rec run`")
     given = parser.parse_args(arguments)
-    options = given.options[1:] if given.options[:1] == ["--"] else given.options
+    options = [word for word in given.options if word != "--"]
     for name, path in relative_paths(options):
         print(f"error: {name} {path}: a job runs in another folder. Give an absolute path that all nodes see", file=sys.stderr)
         return 2

@@ -78,7 +78,7 @@ def test_one_driver_at_a_time(micro: Path, tmp_path: Path) -> None:
 def test_stages_want_what_comes_before_them(micro: Path, tmp_path: Path) -> None:
     run = Run(resolve("quickstart", micro, []), tmp_path)
     run.prepare()
-    with pytest.raises(InputError, match=r"scores.*there is no such file"):
+    with pytest.raises(InputError, match=r"samples.*there is no such file"):
         run.pair(0)
     run.folder.release()
 
