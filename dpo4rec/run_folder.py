@@ -1,7 +1,7 @@
 """The run folder: the artifacts of a run on disk, and the manifest that says what was made from what.
 
-A stage is a function from files to files. It runs when its key (settings, seed, content of its inputs) differs from the
-manifest's, or its output is gone; otherwise it is skipped. Running again is resuming.
+A stage is a function from files to files. It runs when its key (settings, seed, content of its inputs) or the content of its output
+differs from the manifest's; otherwise it is skipped. Running again is resuming.
 """
 
 import fcntl
@@ -18,6 +18,7 @@ import yaml
 
 from dpo4rec import __version__, files
 from dpo4rec.errors import InputError
+from dpo4rec.files import content_hash
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "ray", "deepspeed", "bitsandbytes", "numpy", "pyarrow", "scikit-learn")
 
@@ -79,7 +80,7 @@ class RunFolder:
         """
         key = stage_key(settings, inputs)
         entry = self.manifest["stages"].get(name, {})
-        if entry.get("key") == key and entry.get("state") == "done" and all(path.exists() for path in outputs):
+        if entry.get("key") == key and entry.get("state") == "done" and entry["content"] == _content(outputs):
             self.log("skipped", stage=name)
             return entry["report"]
         if entry.get("key") != key:
@@ -91,7 +92,15 @@ class RunFolder:
         report = work() or {}
         seconds = round(time.monotonic() - start, 2)
         self._record(
-            name, {"key": key, "state": "done", "seconds": seconds, "inputs": [self._relative(path) for path in inputs], "report": report}
+            name,
+            {
+                "key": key,
+                "state": "done",
+                "content": _content(outputs),
+                "seconds": seconds,
+                "inputs": [self._relative(path) for path in inputs],
+                "report": report,
+            },
         )
         self.log("done", stage=name, seconds=seconds)
         return report
@@ -110,12 +119,17 @@ class RunFolder:
             stream.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
+def _content(outputs: list[Path]) -> str | None:
+    """What the outputs hold, None where one is missing: a stage whose output was damaged or removed runs again."""
+    return content_hash(*outputs) if all(path.exists() for path in outputs) else None
+
+
 def stage_key(settings: dict[str, Any], inputs: list[Path]) -> str:
     """Raises `InputError` when an input is missing: the stage that makes it has not run."""
     for path in inputs:
         if not path.exists():
             raise files.missing(path)
-    content = [files.content_hash(path) for path in inputs]
+    content = [content_hash(path) for path in inputs]
     return hashlib.sha256(json.dumps([settings, content], sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -93,7 +93,7 @@ def test_a_damaged_result_is_named_and_the_rest_stays(micro_run: Path, micro: Pa
     run = Run(resolve("quickstart", micro, []), folder)
     with pytest.raises(InputError, match=r"unit-00001.parquet.*damaged"):
         Experiment(run).run.pair(0)
-    run.score(0)  # makes the damaged unit, and only that, again
+    run.score(0)  # makes the damaged unit again
     run.pair(0)
     run.folder.release()
     assert fingerprint(folder)["round-0/pairs"] == fingerprint(micro_run)["round-0/pairs"]

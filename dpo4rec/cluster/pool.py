@@ -98,7 +98,7 @@ def _on_ray(arguments: dict[str, Any], tables: list[pa.Table], cluster: ClusterC
         fn_constructor_kwargs=arguments,
         batch_size=None,
         batch_format="pyarrow",
-        concurrency=min(cluster.workers, len(tables)),
+        compute=ray.data.ActorPoolStrategy(size=min(cluster.workers, len(tables))),
         num_cpus=1,
         num_gpus=cluster.gpus_per_worker,
         memory=cluster.memory_per_worker_gib * 2**30 or None,

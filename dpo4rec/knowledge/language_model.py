@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel
 from pydantic import model_validator
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -66,6 +65,8 @@ def load_model(config: LanguageModelConfig, source: str, adapter: Path | None) -
         raise _unloadable(source, error) from error
     if adapter is None:
         return model.eval()
+    from peft import PeftModel  # takes seconds to import, which an actor without an adapter need not spend
+
     adapted: Any = PeftModel.from_pretrained(model, str(adapter))
     return (adapted if quantized else adapted.merge_and_unload()).eval()
 
