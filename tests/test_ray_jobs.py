@@ -46,7 +46,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[s
 def submit(head: tuple[str, dict[str, str]], *options: str) -> subprocess.CompletedProcess[str]:
     address, environment = head
     script = [sys.executable, str(ROOT / "ray_jobs" / "submit.py"), "--address", address, "--", *options]
-    return subprocess.run(script, capture_output=True, text=True, env=environment, timeout=400)
+    return subprocess.run(script, capture_output=True, text=True, env=environment, timeout=900)
 
 
 def test_a_submitted_job_gives_the_same_bytes_as_debug(

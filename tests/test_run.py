@@ -1,16 +1,17 @@
 """The whole job through its public doors: commands, run folder, resuming, Ray."""
 
 import json
-import os
 import random
+import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
 from benchmarks.interruptions import command, fingerprint, kill_and_continue
+from dpo4rec.cli import app
 from dpo4rec.config import resolve
 from dpo4rec.driver import Run
 from dpo4rec.errors import InputError
@@ -84,8 +85,6 @@ def test_stages_want_what_comes_before_them(micro: Path, tmp_path: Path) -> None
 
 
 def test_a_damaged_result_is_named_and_the_rest_stays(micro_run: Path, micro: Path, tmp_path: Path) -> None:
-    import shutil
-
     folder = tmp_path / "copy"
     shutil.copytree(micro_run, folder)
     shard = folder / "round-0" / "scores" / "unit-00001.parquet"
@@ -100,11 +99,11 @@ def test_a_damaged_result_is_named_and_the_rest_stays(micro_run: Path, micro: Pa
 
 
 def test_stage_commands_use_the_folders_settings(micro_run: Path) -> None:
-    environment = {**os.environ, "COLUMNS": "200"}
     for stage in ("sample", "fit", "score", "pair", "align"):
-        done = subprocess.run([sys.executable, "-m", "dpo4rec.cli", stage, str(micro_run)], capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-    done = subprocess.run(
-        [sys.executable, "-m", "dpo4rec.cli", "evaluate", str(micro_run)], capture_output=True, text=True, env=environment
-    )
-    assert "history + tuned text" in done.stdout
+        done = CliRunner().invoke(app, [stage, str(micro_run), "--round", "0"])
+        assert done.exit_code == 0, done.output
+    done = CliRunner().invoke(app, ["evaluate", str(micro_run)])
+    assert "history + tuned text" in done.output
+    done = CliRunner().invoke(app, ["pair", str(micro_run.parent / "nowhere")])
+    assert done.exit_code == 2
+    assert "no run folder yet" in done.output

@@ -1,0 +1,74 @@
+"""Every command of README and docs is executed: here as a dry run, or by the test or CI step named in ELSEWHERE."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from dpo4rec.cli import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ELSEWHERE = {
+    "make": ".ci/run",
+    "launchers/align.sh": "test_alignment_processes.py",
+    "launchers/ray_head.sh": "test_ray_jobs.py",
+    "python ray_jobs/submit.py": "test_ray_jobs.py",
+    "python benchmarks": "by hand: their results are committed",
+    "dpo4rec prepare ml-1m --download": "test_data_download.py, from a local server",
+    "dpo4rec prepare |": "test_run.py",
+}
+COMMAND = re.compile(r"(?:dpo4rec|make|launchers/|python) ?[a-z0-9./_-]*[^`\n#]*")
+
+
+def commands() -> list[str]:
+    """Lines of code blocks, and code in a sentence, that start like a command."""
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        pieces = [line.strip() for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+        pieces += re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+        found += [match[0].strip().rstrip("&").strip() for piece in pieces if (match := COMMAND.fullmatch(piece.split("   ")[0]))]
+    return sorted({command for command in found if " " in command})
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_of_the_docs_work(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if any(command.startswith(start) for start in ELSEWHERE):
+        return
+    if command.startswith("launchers/debug.sh"):
+        words = [str(ROOT / "launchers" / "debug.sh"), *shlex.split(command)[1:], "--dry-run"]
+        assert subprocess.run(words, capture_output=True).returncode == 0
+        return
+    monkeypatch.chdir(tmp_path)
+    shop = re.search(r"```yaml\n(.*?)```", (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert shop is not None
+    (tmp_path / "shop.yaml").write_text(shop[1])
+    words = shlex.split(command)
+    assert words[:2] == ["dpo4rec", "run"], command
+    done = CliRunner().invoke(app, [*words[1:], *([] if "--dry-run" in words else ["--dry-run"])])
+    assert done.exit_code == 0, done.output
+
+
+def test_there_are_commands_to_check() -> None:
+    assert "make quickstart" in {command.split("  ")[0] for command in commands()}
+    assert len(commands()) >= 8
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+def test_options_after_set_are_known() -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    settings = re.findall(r"--set ([a-z_.]+=[^\s`]+)", text)
+    arguments = [word for setting in settings if "alignment.precision" not in setting for word in ("--set", setting)]
+    done = CliRunner().invoke(app, ["run", "--preset", "quickstart", "--dry-run", *arguments])
+    assert done.exit_code == 0, done.output
+    assert yaml.safe_load(done.output.split("stages:")[0])["alignment"]["beta"] == 0.05
