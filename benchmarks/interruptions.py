@@ -31,6 +31,12 @@ def command(folder: Path, options: list[str]) -> list[str]:
     return [sys.executable, "-m", "dpo4rec.cli", "run", "--run-dir", str(folder), *options]
 
 
+def split_at_dashes(words: list[str]) -> tuple[list[str], list[str]]:
+    """What stands before and after `--`."""
+    at = words.index("--") if "--" in words else len(words)
+    return words[:at], words[at + 1 :]
+
+
 def seconds_of(folder: Path) -> float:
     """Seconds that the stages of a finished run took."""
     return sum(stage["seconds"] for stage in read_json(folder / "manifest.json")["stages"].values())
@@ -59,9 +65,8 @@ def main() -> int:
     parser.add_argument("killed", type=Path)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("options", nargs=argparse.REMAINDER)
-    given = parser.parse_args()
-    options = [word for word in given.options if word != "--"]
+    own, options = split_at_dashes(sys.argv[1:])
+    given = parser.parse_args(own)
     subprocess.run(command(given.undisturbed, options), check=True, stdout=subprocess.DEVNULL)
     start_up = 12.0  # seconds before a run does anything: kills shall hit work
     clock, share = random.Random(given.seed), seconds_of(given.undisturbed) / given.kills

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.interruptions import command
+from benchmarks.interruptions import command, split_at_dashes
 from benchmarks.record import record
 from dpo4rec.files import read_json
 
@@ -21,12 +21,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name")
     parser.add_argument("run_dir", type=Path, help="must not exist: the time of a continued run means nothing")
-    parser.add_argument("options", nargs=argparse.REMAINDER)
-    given = parser.parse_args()
+    own, options = split_at_dashes(sys.argv[1:])
+    given = parser.parse_args(own)
     if given.run_dir.exists():
         parser.error(f"{given.run_dir} is there already")
     begun = time.monotonic()
-    subprocess.run(command(given.run_dir, [word for word in given.options if word != "--"]), check=True)
+    subprocess.run(command(given.run_dir, options), check=True)
     minutes = (time.monotonic() - begun) / 60
     results, stages = read_json(given.run_dir / "evaluation" / "results.json"), read_json(given.run_dir / "manifest.json")["stages"]
     compared = {f"{row['a']} - {row['b']}": row for row in results["comparisons"] if row["metric"] == "ndcg@5"}

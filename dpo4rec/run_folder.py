@@ -38,7 +38,6 @@ class RunFolder:
     def __init__(self, path: Path, config: dict[str, Any], free: tuple[str, ...] = ()) -> None:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
-        (path / "logs").mkdir(exist_ok=True)
         self._lock = (path / ".lock").open("w")  # held until the process ends
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
