@@ -11,10 +11,7 @@ from dpo4rec.alignment.config import AlignmentConfig
 from dpo4rec.cluster.config import ClusterConfig
 from dpo4rec.data.config import DataConfig
 from dpo4rec.errors import InputError
-from dpo4rec.knowledge.encoders import EncoderConfig
-from dpo4rec.knowledge.generation import Decoding
-from dpo4rec.knowledge.language_model import LanguageModelConfig
-from dpo4rec.knowledge.prompts import PromptConfig
+from dpo4rec.knowledge.config import Decoding, EncoderConfig, LanguageModelConfig, PromptConfig
 from dpo4rec.preference.config import PairConfig, RewardConfig
 from dpo4rec.recommenders.config import RecommenderConfig
 from dpo4rec.run_folder import read_yaml

@@ -16,10 +16,10 @@ from dpo4rec.cluster.pool import Units, cut, map_units, start_ray
 from dpo4rec.config import FREE, Config
 from dpo4rec.data.prepare import prepare
 from dpo4rec.files import content_hash, read_parquet, stable_seed
+from dpo4rec.knowledge.config import Decoding
 from dpo4rec.knowledge.encoders import Encoder, EncoderWorkerConfig, TfidfEncoder
 from dpo4rec.knowledge.facts import Catalogue, facts
 from dpo4rec.knowledge.form import Form, grounded_share
-from dpo4rec.knowledge.generation import Decoding
 from dpo4rec.knowledge.language_model import load_tokenizer
 from dpo4rec.knowledge.prompts import prompt_table
 from dpo4rec.knowledge.sampling import Sampler, SamplerConfig

@@ -3,10 +3,11 @@ import pyarrow as pa
 import pytest
 
 from dpo4rec.knowledge.claims import Claim, parse, render, well_formed
+from dpo4rec.knowledge.config import PromptConfig, WriterConfig
 from dpo4rec.knowledge.facts import Catalogue, clean, facts
 from dpo4rec.knowledge.form import Form, grounded_share
-from dpo4rec.knowledge.prompts import PromptConfig, compose
-from dpo4rec.knowledge.writer import Writer, WriterConfig
+from dpo4rec.knowledge.prompts import compose
+from dpo4rec.knowledge.writer import Writer
 
 ITEMS = pa.Table.from_pylist(
     [

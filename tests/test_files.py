@@ -13,9 +13,14 @@ from dpo4rec.files import atomic, content_hash, read_json, read_tensors, stable_
 def test_a_file_is_whole_or_as_before(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_json({"kept": 1}, path)
-    with pytest.raises(RuntimeError, match="midway"), atomic(path) as partial:
-        partial.write_text("half")
-        raise RuntimeError("midway")
+
+    def fail_midway() -> None:
+        with atomic(path) as partial:
+            partial.write_text("half")
+            raise RuntimeError("midway")
+
+    with pytest.raises(RuntimeError, match="midway"):
+        fail_midway()
     assert read_json(path) == {"kept": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
 

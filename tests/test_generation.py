@@ -6,7 +6,8 @@ import torch
 from scipy.stats import chisquare
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dpo4rec.knowledge.generation import Decoding, draw, generate
+from dpo4rec.knowledge.config import Decoding
+from dpo4rec.knowledge.generation import draw, generate
 
 VOCABULARY = 13
 

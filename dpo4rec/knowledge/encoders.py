@@ -4,37 +4,18 @@ Only the answer is encoded, never the prompt in front of it. A text longer than 
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from pydantic import PositiveInt, model_validator
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.utils.extmath import randomized_svd
 
 from dpo4rec import files
 from dpo4rec.errors import InputError
-from dpo4rec.knowledge.language_model import LanguageModelConfig, load_model, load_tokenizer
+from dpo4rec.knowledge.config import EncoderConfig, LanguageModelConfig
 from dpo4rec.settings import Settings
-
-
-class EncoderConfig(Settings):
-    """Which encoder turns user and item texts into vectors of one space."""
-
-    kind: Literal["tfidf", "sentence-transformers", "language-model"] = "tfidf"
-    name: str | None = None
-    """Folder or hub name of a sentence-transformers model."""
-    dimensions: PositiveInt = 128
-    """Of TF-IDF + SVD; the other kinds have their own width."""
-    max_tokens: PositiveInt = 256
-    """Longest text that the language-model encoder reads."""
-
-    @model_validator(mode="after")
-    def _name_belongs(self) -> "EncoderConfig":
-        if (self.kind == "sentence-transformers") != (self.name is not None):
-            raise ValueError("encoder.name goes with encoder.kind=sentence-transformers, and that kind needs it")
-        return self
 
 
 class TfidfEncoder:
@@ -94,6 +75,8 @@ class HiddenStateEncoder:
     """The frozen base language model's last hidden states, averaged over the text's tokens."""
 
     def __init__(self, language_model: LanguageModelConfig, source: str, max_tokens: int) -> None:
+        from dpo4rec.knowledge.language_model import load_model, load_tokenizer  # slow to import, and not every encoder's need
+
         self.tokenizer = load_tokenizer(language_model, source)
         self.model = load_model(language_model, source, None)
         self.max_tokens = max_tokens

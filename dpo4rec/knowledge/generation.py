@@ -8,21 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from dpo4rec.settings import Settings
-
-
-class Decoding(Settings):
-    """How a token is drawn; every parameter is explicit, nothing comes from a model's own generation config."""
-
-    temperature: PositiveFloat = 1.0
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: NonNegativeInt = 0
-    """Keep the k most probable tokens; 0 keeps all."""
-    max_new_tokens: PositiveInt = 48
+from dpo4rec.knowledge.config import Decoding
 
 
 @dataclass(frozen=True)

@@ -1,39 +1,13 @@
 """Loading a language model: from the hub or a folder, in fp32, bf16 or 4-bit, with or without an adapter."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import model_validator
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo4rec.errors import InputError
-from dpo4rec.knowledge.tiny import TinyConfig
-from dpo4rec.settings import Settings
-
-BUILT_IN = "tiny"
-
-
-class LanguageModelConfig(Settings):
-    """Which language model writes the texts."""
-
-    name: str = BUILT_IN
-    """Hub name or folder of any causal language model, or "tiny": the built-in model, trained in place."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    quantization: Literal["none", "nf4"] = "none"
-    trust_remote_code: bool = False
-    """Run code that a hub repository brings. Only for repositories you have read."""
-    tiny: TinyConfig = TinyConfig()
-
-    @model_validator(mode="after")
-    def _tiny_is_plain(self) -> "LanguageModelConfig":
-        if self.name == BUILT_IN and self.quantization != "none":
-            raise ValueError("quantization is for hub models: the built-in tiny model has no use for it, set llm.quantization=none")
-        return self
-
-    @property
-    def built_in(self) -> bool:
-        return self.name == BUILT_IN
+from dpo4rec.knowledge.config import LanguageModelConfig
 
 
 def load_tokenizer(config: LanguageModelConfig, source: str) -> PreTrainedTokenizerBase:

@@ -1,25 +1,10 @@
 """The question put to the language model: who the user is, what was watched and rated, what to write about."""
 
 import pyarrow as pa
-from pydantic import PositiveInt
 from transformers import PreTrainedTokenizerBase
 
+from dpo4rec.knowledge.config import PromptConfig
 from dpo4rec.knowledge.facts import Catalogue, Item, clean
-from dpo4rec.settings import Settings
-
-
-class PromptConfig(Settings):
-    """The three parts of the prompt (KAR, arXiv 2306.10933, section 3.2): role, history, scenario factors."""
-
-    role: str = "You are a helpful assistant that summarises and extracts a user's preferences from what the user rated."
-    request: str = (
-        "Analyse this user's preferences. Consider genre, director and actors, period and country, characters, plot and theme, "
-        "mood, acclaim, production quality and soundtrack. Say what the user likes and avoids, with details, in a few sentences."
-    )
-    history_items: PositiveInt = 15
-    """The last so many items of the visible history are shown."""
-    profile: bool = True
-    """Show the user's profile where the data has one."""
 
 
 def compose(config: PromptConfig, catalogue: Catalogue, profile: str, item_ids: list[str], ratings: list[float]) -> str:

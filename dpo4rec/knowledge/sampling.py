@@ -5,8 +5,9 @@ from pathlib import Path
 import pyarrow as pa
 
 from dpo4rec.files import stable_seed
-from dpo4rec.knowledge.generation import Decoding, generate
-from dpo4rec.knowledge.language_model import LanguageModelConfig, end_ids, load_model, load_tokenizer
+from dpo4rec.knowledge.config import Decoding, LanguageModelConfig
+from dpo4rec.knowledge.generation import generate
+from dpo4rec.knowledge.language_model import end_ids, load_model, load_tokenizer
 from dpo4rec.settings import Settings
 
 SAMPLES = pa.schema(

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from pydantic import PositiveFloat, PositiveInt, model_validator
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
@@ -18,38 +17,14 @@ from transformers.trainer_utils import get_last_checkpoint
 from dpo4rec import files
 from dpo4rec.files import stable_seed
 from dpo4rec.knowledge.claims import OPENINGS
+from dpo4rec.knowledge.config import PromptConfig, TinyConfig
 from dpo4rec.knowledge.facts import Catalogue, facts
-from dpo4rec.knowledge.prompts import PromptConfig, compose
-from dpo4rec.knowledge.writer import Writer, WriterConfig
-from dpo4rec.settings import Settings
+from dpo4rec.knowledge.prompts import compose
+from dpo4rec.knowledge.writer import Writer
 
 END, PADDING = "<|end|>", "<|padding|>"
 IGNORED = -100
 """Label of positions that do not count in the loss."""
-
-
-class TinyConfig(Settings):
-    """Shape and warm-up of the built-in model."""
-
-    hidden_size: PositiveInt = 128
-    layers: PositiveInt = 3
-    heads: PositiveInt = 4
-    key_value_heads: PositiveInt = 2
-    vocabulary: PositiveInt = 600
-    """Byte-level BPE tokens, beside one token for each name (genre, era, person, title) and opening."""
-    prompts: PositiveInt = 14_400
-    """Prompts seen in warm-up: random stretches of the training users' histories."""
-    texts_per_prompt: PositiveInt = 8
-    prompts_per_step: PositiveInt = 32
-    learning_rate: PositiveFloat = 3e-3
-    checkpoint_every_steps: PositiveInt = 100
-    writer: WriterConfig = WriterConfig()
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> "TinyConfig":
-        if self.hidden_size % self.heads or self.heads % self.key_value_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} / heads {self.heads} / key_value_heads {self.key_value_heads} must divide")
-        return self
 
 
 def build_tokenizer(config: TinyConfig, catalogue: Catalogue, corpus: list[str]) -> PreTrainedTokenizerFast:

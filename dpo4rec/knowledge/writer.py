@@ -4,31 +4,10 @@ It states true facts mixed with spurious claims and has habits as a language mod
 Neither is what a recommender needs most, so samples differ in use, and feedback has something to teach.
 """
 
-from typing import Annotated
-
 import numpy as np
-from pydantic import Field, model_validator
 
-from dpo4rec.knowledge.claims import OPENINGS, Claim, render
-from dpo4rec.settings import Settings
-
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class WriterConfig(Settings):
-    """Habits of the writer."""
-
-    spurious_share: Share = 0.25
-    """Share of claims whose name is drawn at random from the whole catalogue."""
-    length_weights: list[float] = [0.1, 0.3, 0.25, 0.2, 0.1, 0.05]
-    """Weight of writing 1, 2, 3, ... claims."""
-    kind_weights: dict[str, float] = {"liked_genre": 0.3, "avoided_genre": 0.2, "era": 0.2, "person": 0.15, "title": 0.15}
-
-    @model_validator(mode="after")
-    def _kinds_exist(self) -> "WriterConfig":
-        if unknown := set(self.kind_weights) - set(OPENINGS):
-            raise ValueError(f"unknown kinds of claim {sorted(unknown)}; known: {sorted(OPENINGS)}")
-        return self
+from dpo4rec.knowledge.claims import Claim, render
+from dpo4rec.knowledge.config import WriterConfig
 
 
 class Writer:
