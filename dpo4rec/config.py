@@ -61,9 +61,11 @@ class Config(Settings):
     cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
-    def _reward_reads_text(self) -> "Config":
+    def _parts_agree(self) -> "Config":
         if not self.recommender.reads_user_text:
             raise ValueError("recommender.user_signal must hold text (text or history+text): it is what rewards texts")
+        if self.llm.quantization != self.alignment.quantization:
+            raise ValueError("llm.quantization and alignment.quantization must be the same: texts come from the model that is trained")
         return self
 
 

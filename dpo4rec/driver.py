@@ -78,13 +78,13 @@ class Run:
     def prepare(self) -> Report:
         """Data and lists, the language model, every user's prompt."""
         config, data = self.config, self.folder / "data"
-        summary = self._stage("prepare", config.data, [], [data], lambda: _into(data, lambda out: prepare(config.data, config.seed, out)))
+        summary = self.stage("prepare", config.data, [], [data], lambda: _into(data, lambda out: prepare(config.data, config.seed, out)))
         if config.llm.built_in:
             tiny, out = config.llm.tiny, self.folder / "language_model"
             settings = {"tiny": tiny.model_dump(), "prompt": config.prompt.model_dump(), "threads": config.cluster.training_threads}
-            self._stage("warm-up", settings, [data], [out], lambda: self._warm_up(out))
+            self.stage("warm-up", settings, [data], [out], lambda: self._warm_up(out))
         prompts = self.folder / "prompts" / "prompts.parquet"
-        self._stage(
+        self.stage(
             "prompts",
             {"prompt": config.prompt.model_dump(), "llm": config.llm.name},
             [data, *self.policy(0).files],
@@ -163,7 +163,7 @@ class Run:
             return report
 
         inputs = [here / "vectors", here / "recommender", self.item_vectors]
-        return self._stage(f"round-{round_}/score", reward, inputs, [here / "scores"], work)
+        return self.stage(f"round-{round_}/score", reward, inputs, [here / "scores"], work)
 
     def pair(self, round_: int) -> Report:
         """Best and worst text of each training user."""
@@ -181,7 +181,7 @@ class Run:
             return report
 
         outputs = [pairs.parent, here / "alignment.json"]
-        return self._stage(f"round-{round_}/pair", config.pairs, [here / "samples", here / "scores"], outputs, work)
+        return self.stage(f"round-{round_}/pair", config.pairs, [here / "samples", here / "scores"], outputs, work)
 
     def align(self, round_: int) -> Report:
         """The next policy: DPO on the pairs, the reference being the policy that wrote them."""
@@ -202,7 +202,7 @@ class Run:
             return {"by": "driver"}
 
         settings = {"alignment": config.alignment.model_dump(mode="json"), "threads": config.cluster.training_threads}
-        return self._stage(f"round-{round_}/align", settings, [here / "pairs", *policy.files], [here / "adapter"], work)
+        return self.stage(f"round-{round_}/align", settings, [here / "pairs", *policy.files], [here / "adapter"], work)
 
     def _write_job(self, round_: int) -> Path:
         config, here, policy = self.config, self.folder / f"round-{round_}", self.policy(round_)
@@ -240,13 +240,13 @@ class Run:
             return self.describe(read_parquet(out))
 
         settings = {**sampler.model_dump(exclude={"source", "adapter"}), "splits": splits, **self._pool_settings()}
-        return self._stage(f"{name}/sample", settings, [self.folder / "prompts", *policy.files], [out], work)
+        return self.stage(f"{name}/sample", settings, [self.folder / "prompts", *policy.files], [out], work)
 
     def _encode(self, name: str) -> None:
         """Vectors of the texts in `<name>/samples` into `<name>/vectors`. The first texts of a run also fit the encoder."""
         config, out, folder = self.config, self.folder / name / "vectors", self.folder / "encoder"
         if name == "round-0":
-            self._stage("encoder", config.encoder, [self.folder / "data", self.folder / name / "samples"], [folder], self._fit_encoder)
+            self.stage("encoder", config.encoder, [self.folder / "data", self.folder / name / "samples"], [folder], self._fit_encoder)
 
         def work() -> Report:
             units = [
@@ -255,7 +255,7 @@ class Run:
             self._map(f"{name}/encode", Encoder, self._encoder, units, out)
             return {"cut_texts": pc.sum(read_parquet(out, ["cut"])["cut"]).as_py()}
 
-        report = self._stage(
+        report = self.stage(
             f"{name}/encode",
             {**config.encoder.model_dump(), **self._pool_settings()},
             [self.folder / name / "samples", folder],
@@ -303,9 +303,7 @@ class Run:
 
         inputs = [*sorted({Path(folder) for job in jobs for folder in job.texts}), self.folder / "data", self.item_vectors]
         settings = {"jobs": [job.model_dump(exclude={"out", "texts"}) for job in jobs], **self._pool_settings()}
-        return self._stage(
-            f"{name}/fit" if not name.startswith("round") else name.replace("recommender", "fit"), settings, inputs, [out], work
-        )
+        return self.stage(f"{name}/fit", settings, inputs, [out], work)
 
     def describe(self, samples: pa.Table) -> Report:
         """How texts look: well-formed share, distinct share, mean tokens and, for the built-in model, the share of grounded claims."""
@@ -373,7 +371,8 @@ class Run:
     def _map(self, label: str, worker: type, config: Any, units: Units, out: Path) -> None:
         map_units(worker, config, units, out, self.config.cluster, lambda done, of: self.announce(label, done, of))
 
-    def _stage(self, name: str, settings: Any, inputs: list[Path], outputs: list[Path], work: Callable[[], Report]) -> Report:
+    def stage(self, name: str, settings: Any, inputs: list[Path], outputs: list[Path], work: Callable[[], Report]) -> Report:
+        """Runs a stage of the run folder; `settings` (a mapping or a part of the configuration) and the seed are part of its key."""
         values = settings if isinstance(settings, dict) else settings.model_dump(mode="json")
         self.announce(name, 0, 0)
         return self.folder.stage(name, {"seed": self.config.seed, **values}, inputs, outputs, work)

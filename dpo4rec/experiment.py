@@ -144,7 +144,7 @@ class Experiment:
             files.write_json({"chosen": chosen, "validation_ndcg@5": curves}, out)
             return chosen
 
-        return self.run._stage("evaluation/temperatures", self.config.evaluation, [*inputs, self.folder / "judges"], [out], work)
+        return self.run.stage("evaluation/temperatures", self.config.evaluation, [*inputs, self.folder / "judges"], [out], work)
 
     def measure(self) -> Report:
         """The one reading of the test users."""
@@ -171,7 +171,7 @@ class Experiment:
             files.write_json(results, out)
             return {"file": "evaluation/results.json"}
 
-        self.run._stage(
+        self.run.stage(
             "evaluation/measure", self.config.evaluation, [*inputs, self.folder / "judges", self.folder / "temperatures.json"], [out], work
         )
         return files.read_json(out)

@@ -32,6 +32,8 @@ def test_command_line_beats_file_beats_preset(tmp_path: Path) -> None:
         ("llm.tiny.writer.kind_weights={opera: 1}", ["llm.tiny.writer", "opera"]),
         ("recommender.user_signal=history", ["user_signal must hold text"]),
         ("llm.quantization=nf4", ["tiny model"]),
+        ("alignment.quantization=nf4", ["must be the same"]),
+        ("encoder.kind=sentence-transformers", ["encoder.name"]),
         ("data.folder=/x", ["data", "folder"]),
         ("beta", ["key=value"]),
         ("a=[", ["YAML"]),
