@@ -7,7 +7,7 @@ quickstart: $(INSTALLED)
 	$(VENV)/bin/dpo4rec run --preset quickstart --run-dir runs/quickstart
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

@@ -1,6 +1,7 @@
 """The whole job through its public doors: commands, run folder, resuming, Ray."""
 
 import json
+import math
 import random
 import shutil
 import subprocess
@@ -8,6 +9,9 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
+from transformers import AutoTokenizer
+from trl import DPOConfig, DPOTrainer
 from typer.testing import CliRunner
 
 from benchmarks.interruptions import command, fingerprint, kill_and_continue
@@ -107,3 +111,14 @@ def test_stage_commands_use_the_folders_settings(micro_run: Path) -> None:
     done = CliRunner().invoke(app, ["pair", str(micro_run.parent / "nowhere")])
     assert done.exit_code == 2
     assert "no run folder yet" in done.output
+
+
+def test_trl_trains_on_the_pairs_file_as_it_is(micro_run: Path, tmp_path: Path) -> None:
+    dataset = Dataset.from_parquet(str(micro_run / "round-0" / "pairs" / "pairs.parquet"), cache_dir=str(tmp_path / "cache"))
+    arguments = DPOConfig(
+        output_dir=str(tmp_path), max_steps=1, logging_steps=1, per_device_train_batch_size=4, use_cpu=True, bf16=False, report_to=[]
+    )
+    tokenizer = AutoTokenizer.from_pretrained(micro_run / "language_model")
+    trainer = DPOTrainer(model=str(micro_run / "language_model"), args=arguments, train_dataset=dataset, processing_class=tokenizer)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)
