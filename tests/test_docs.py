@@ -1,8 +1,10 @@
 """Every command of README and docs is executed: here as a dry run, or by the test or CI step named in ELSEWHERE."""
 
+import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,7 +44,9 @@ def test_commands_of_the_docs_work(command: str, tmp_path: Path, monkeypatch: py
         return
     if command.startswith("launchers/debug.sh"):
         words = [str(ROOT / "launchers" / "debug.sh"), *shlex.split(command)[1:], "--dry-run"]
-        assert subprocess.run(words, capture_output=True).returncode == 0
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        launched = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PATH": path})
+        assert launched.returncode == 0, launched.stderr
         return
     monkeypatch.chdir(tmp_path)
     shop = re.search(r"```yaml\n(.*?)```", (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8"), re.DOTALL)
