@@ -34,6 +34,8 @@ def test_command_line_beats_file_beats_preset(tmp_path: Path) -> None:
         ("llm.quantization=nf4", ["tiny model"]),
         ("alignment.quantization=nf4", ["must be the same"]),
         ("encoder.kind=sentence-transformers", ["encoder.name"]),
+        ("encoder.max_tokens=9", ["encoder.kind=language-model"]),
+        ("reward.k=3", ["no cut-off"]),
         ("data.folder=/x", ["data", "folder"]),
         ("beta", ["key=value"]),
         ("a=[", ["YAML"]),

@@ -32,7 +32,13 @@ def one_round(path: Path, micro: Path, *settings: str) -> Run:
 
 
 def test_a_folder_in_bf16_with_full_weights_and_its_own_encoder(chat_model: Path, micro: Path, tmp_path: Path) -> None:
-    settings = [f"llm.name={chat_model}", "llm.precision=bf16", "encoder.kind=language-model", "encoder.max_tokens=8"]
+    settings = [
+        f"llm.name={chat_model}",
+        "llm.precision=bf16",
+        "encoder.kind=language-model",
+        "encoder.max_tokens=8",
+        "encoder.dimensions=128",
+    ]
     run = one_round(tmp_path, micro, *settings, "alignment.weights=full", "alignment.lora_rank=16", "alignment.learning_rate=1.0e-4")
     prompt = pq.read_table(tmp_path / "prompts").to_pylist()[0]["prompt"]
     assert prompt.startswith("<user>The user rated:")

@@ -111,7 +111,10 @@ class EncoderConfig(Settings):
     """Longest text that the language-model encoder reads."""
 
     @model_validator(mode="after")
-    def _name_belongs(self) -> "EncoderConfig":
+    def _keys_belong(self) -> "EncoderConfig":
         if (self.kind == "sentence-transformers") != (self.name is not None):
             raise ValueError("encoder.name goes with encoder.kind=sentence-transformers, and that kind needs it")
+        for key, kind in (("dimensions", "tfidf"), ("max_tokens", "language-model")):
+            if self.kind != kind and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"encoder.{key} is for encoder.kind={kind} alone: leave it out")
         return self

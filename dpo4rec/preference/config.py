@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from dpo4rec.settings import Settings
 
@@ -17,6 +17,12 @@ class RewardConfig(Settings):
     """Training users are cut into so many folds; a user is scored by recommenders that were trained without the user's fold."""
     seeds: PositiveInt = 2
     """Recommenders a fold, over which standardised rewards are averaged."""
+
+    @model_validator(mode="after")
+    def _k_belongs(self) -> "RewardConfig":
+        if self.kind == "log_likelihood" and self.k != type(self).model_fields["k"].default:
+            raise ValueError("reward.k is for reward.kind=ndcg or map: the log-likelihood has no cut-off")
+        return self
 
 
 class PairConfig(Settings):
