@@ -43,13 +43,15 @@ def seconds_of(folder: Path) -> float:
 
 
 def kill_and_continue(folder: Path, options: list[str], moments: list[float]) -> list[str]:
-    """Starts the run, kills it after each of `moments` (seconds), and lets it end at last. Returns the stage each kill hit."""
+    """Starts the run, kills it after each of `moments` (seconds), and lets it end at last. Returns the stage each kill hit; fewer than moments if the run
+    ended before the last."""
     stages = []
     for moment in moments:
         with (folder.parent / f"{folder.name}.log").open("a") as log:
             process = subprocess.Popen(command(folder, options), stdout=log, stderr=log)
             try:
                 process.wait(timeout=moment)
+                break  # it ended before its moment
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -75,7 +77,7 @@ def main() -> int:
     stages = kill_and_continue(given.killed, options, moments)
     one, other = fingerprint(given.undisturbed), fingerprint(given.killed)
     differing = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
-    figures = {"kills": given.kills, "compared": len(one), "differing": len(differing), "seconds": round(time.monotonic() - begun, 1)}
+    figures = {"kills": len(stages), "compared": len(one), "differing": len(differing), "seconds": round(time.monotonic() - begun, 1)}
     record("interruptions", figures, {"moments": moments, "stages": stages, "differing": differing})
     print(json.dumps(figures), differing)
     return 1 if differing else 0
