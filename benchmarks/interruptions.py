@@ -43,8 +43,10 @@ def seconds_of(folder: Path) -> float:
 
 
 def kill_and_continue(folder: Path, options: list[str], moments: list[float]) -> list[str]:
-    """Starts the run, kills it after each of `moments` (seconds), and lets it end at last. Returns the stage each kill hit; fewer than moments if the run
-    ended before the last."""
+    """Starts the run, kills it after each of `moments` (seconds), and lets it end at last.
+
+    Returns the stage that each kill hit; fewer than moments if the run ended before its next moment.
+    """
     stages = []
     for moment in moments:
         with (folder.parent / f"{folder.name}.log").open("a") as log:
