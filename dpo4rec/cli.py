@@ -108,7 +108,6 @@ def _stage(name: str, doc: str) -> None:
 
 
 _stage("sample", "Draw the texts of a round's policy for training and validation users, and encode them.")
-_stage("fit", "Fit the cross-fitted recommenders of a round on its texts.")
 _stage("score", "Let the recommenders score every text of a round.")
 _stage("pair", "Make preference pairs of a round's best and worst texts.")
 _stage("align", "Align the language model on a round's pairs.")
@@ -116,15 +115,88 @@ _stage("align", "Align the language model on a round's pairs.")
 
 @app.command()
 @guarded
+def fit(
+    run_dir: RunDir,
+    round_: Annotated[int | None, typer.Option("--round", min=0, help="round whose reward models to fit [default: 0]")] = None,
+    model: Annotated[str | None, typer.Option(help="sasrec, gru4rec, prm, dlcm, setrank or mir, fitted for its own sake")] = None,
+    name: Annotated[str | None, typer.Option(help="of the fit's folder R/recommenders/NAME [default: the model]")] = None,
+    lists: Annotated[str | None, typer.Option(help="frozen or retrieved: what a re-ranker learns from [default: frozen]")] = None,
+    texts: Annotated[list[str] | None, typer.Option(help="file of user texts (user_id, text); may be repeated")] = None,
+    preset: Preset = None,
+    config: File = None,
+    data: Data = None,
+    cluster: Cluster = None,
+    set_: Settings = None,
+) -> None:
+    """Fit the cross-fitted reward models of a round, or with --model a recommender for its own sake.
+
+    With --model, `--set recommender.KEY=` (re-rankers) and `--set sequential.KEY=` (sasrec, gru4rec) hold for this fit alone.
+    """
+    from dpo4rec.config import recommender_of
+
+    if model is None:
+        alone = {"--name": name, "--lists": lists, "--texts": texts}
+        if any(alone.values()):
+            raise InputError(", ".join(key for key, value in alone.items() if value), "belongs to --model", "Add --model, or leave it out")
+        with _open(_resolved(run_dir, preset, config, data, cluster, set_), run_dir) as job:
+            report = job.fit(round_ or 0)
+    else:
+        if round_ is not None:
+            raise InputError("--round", "a model fitted for its own sake belongs to no round", "Leave out --round or --model")
+        own = [setting for setting in set_ or [] if setting.startswith(("recommender.", "sequential."))]
+        resolved = _resolved(run_dir, preset, config, data, cluster, [setting for setting in set_ or [] if setting not in own])
+        options = recommender_of(resolved, model, name or model, lists, texts or [], own)
+        with _open(resolved, run_dir) as job:
+            from dpo4rec.recommend import Recommenders
+
+            report = Recommenders(job).fit(options)
+    typer.echo(yaml.safe_dump(report, sort_keys=False))
+
+
+@app.command()
+@guarded
 def evaluate(run_dir: RunDir, cluster: Cluster = None, set_: Settings = None) -> None:
-    """Evaluate a run whose rounds are done, with all controls, and print the table."""
+    """Evaluate what a run folder holds, with all controls, and print the tables: its rounds, and what `fit --model` has fitted."""
     from dpo4rec.experiment import Experiment
-    from dpo4rec.report.table import print_results
+    from dpo4rec.measure import Measurement
+    from dpo4rec.recommend import Recommenders
+    from dpo4rec.report.table import print_measured, print_results
 
     with _open(_resolved(run_dir, None, None, None, cluster, set_), run_dir) as job:
-        job.sample(job.config.rounds)
-        results = Experiment(job).evaluate()
-    print_results(results)
+        measurement = Measurement(Recommenders(job))
+        protocols = measurement.protocols()
+        if (run_dir / "round-0" / "samples").is_dir() or not protocols:
+            job.sample(job.config.rounds)
+            print_results(Experiment(job).evaluate())
+        for protocol, fits in protocols.items():
+            print_measured(protocol, measurement.measure(protocol, fits))
+
+
+@app.command()
+@guarded
+def atomic(
+    run_dir: RunDir,
+    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="gets FOLDER/NAME/NAME.inter, .item and .user")],
+    name: Annotated[str, typer.Option(help="of the data set, as RecBole wants it")] = "dpo4rec",
+) -> None:
+    """Write a run folder's prepared data as RecBole's atomic files."""
+    from dpo4rec.data.atomic import write_atomic
+
+    typer.echo(write_atomic(run_dir / "data", out, name))
+
+
+@app.command()
+@guarded
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="R1", help="a run folder")],
+    second: Annotated[Path, typer.Argument(metavar="R2", help="the run folder to compare it with")],
+    metric: Annotated[list[str] | None, typer.Option(help="e.g. hr@10, may be repeated [default: ndcg@10, or else ndcg@5]")] = None,
+) -> None:
+    """Compare two evaluated run folders user by user: paired bootstrap and Wilcoxon, with Holm's correction."""
+    from dpo4rec.evaluation.comparison import compare as compared
+    from dpo4rec.report.compare import print_comparison
+
+    print_comparison(compared(first, second, metric or ()))
 
 
 def _resolved(

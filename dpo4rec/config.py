@@ -10,10 +10,14 @@ from pydantic import Field, PositiveInt, ValidationError, model_validator
 from dpo4rec.alignment.config import AlignmentConfig
 from dpo4rec.cluster.config import ClusterConfig
 from dpo4rec.data.config import DataConfig
+from dpo4rec.data.retrieved import RetrievedConfig
+from dpo4rec.data.sequences import SequenceConfig
 from dpo4rec.errors import InputError
+from dpo4rec.fits import FitOptions, Protocol
 from dpo4rec.knowledge.config import Decoding, EncoderConfig, LanguageModelConfig, PromptConfig
 from dpo4rec.preference.config import PairConfig, RewardConfig
 from dpo4rec.recommenders.config import RecommenderConfig
+from dpo4rec.recommenders.sequential import SEQUENTIAL, SequentialConfig
 from dpo4rec.run_folder import read_yaml
 from dpo4rec.settings import Settings
 
@@ -54,6 +58,9 @@ class Config(Settings):
     sampling: SamplingConfig = SamplingConfig()
     encoder: EncoderConfig = EncoderConfig()
     recommender: RecommenderConfig = RecommenderConfig()
+    sequences: SequenceConfig = SequenceConfig()
+    sequential: SequentialConfig = SequentialConfig()
+    retrieved: RetrievedConfig = RetrievedConfig()
     reward: RewardConfig = RewardConfig()
     pairs: PairConfig = PairConfig()
     alignment: AlignmentConfig = AlignmentConfig()
@@ -64,6 +71,15 @@ class Config(Settings):
     def _parts_agree(self) -> "Config":
         if not self.recommender.reads_user_text:
             raise ValueError("recommender.user_signal must hold text (text or history+text): it is what rewards texts")
+        if self.recommender.model == "mir":
+            raise ValueError(
+                "recommender.model=mir always reads the history, so rounds would have no control without it: use prm, dlcm or setrank here; "
+                "`dpo4rec fit R --model mir` fits it for its own sake"
+            )
+        if self.reward.kind == "log_likelihood" and self.recommender.loss == "softmax":
+            raise ValueError(
+                "reward.kind=log_likelihood needs recommender.loss=bce: a softmax over a list leaves the level of its logits free"
+            )
         if self.llm.quantization != self.alignment.quantization:
             raise ValueError("llm.quantization and alignment.quantization must be the same: texts come from the model that is trained")
         return self
@@ -94,6 +110,35 @@ def resolve(preset: str | None, file: Path | None, settings: list[str]) -> Confi
         raise _explained(error) from error
 
 
+def recommender_of(config: Config, model: str, name: str, lists: str | None, texts: list[str], settings: list[str]) -> FitOptions:
+    """What a fit for its own sake is told: the run's part for the model's kind, with `settings` ("recommender.KEY=" or "sequential.KEY=").
+
+    Raises:
+        InputError: an unknown model, a setting of the other kind of model, a wrong value, or texts that are not read.
+    """
+    part = "sequential" if model in SEQUENTIAL else "recommender"
+    values: dict[str, Any] = {part: getattr(config, part).model_dump()}
+    for setting in settings:
+        if not setting.startswith(f"{part}."):
+            raise InputError(f"--set {setting}", f"{model} does not read it", f"Its settings begin with {part}.")
+        values = _merged(values, _parsed(setting))
+    if part == "recommender":
+        values[part]["model"] = model
+    try:
+        options = {"name": name, "model": model, "protocol": _protocol(model, lists), "texts": texts}
+        return FitOptions.model_validate({**options, **values})
+    except ValidationError as error:
+        raise _explained(error, FitOptions) from error
+
+
+def _protocol(model: str, lists: str | None) -> Protocol:
+    if lists is not None and model in SEQUENTIAL:
+        raise InputError("--lists", f"{model} ranks the whole catalogue, not lists", "Leave --lists out")
+    if lists not in (None, "frozen", "retrieved"):
+        raise InputError("--lists", f"there are no {lists!r} lists", "Give frozen or retrieved")
+    return "catalogue" if model in SEQUENTIAL else "retrieved" if lists == "retrieved" else "frozen"
+
+
 def _parsed(setting: str) -> dict[str, Any]:
     key, equals, text = setting.partition("=")
     if not equals or not key:
@@ -115,18 +160,18 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return both
 
 
-def _explained(error: ValidationError) -> InputError:
+def _explained(error: ValidationError, root: type[Settings] = Config) -> InputError:
     first = error.errors()[0]
     path = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
-        known = _fields(path[:-1])
+        known = _fields(root, path[:-1])
         return InputError(".".join(path), f"there is no such setting{_nearest(path[-1], known)}", f"Known here: {', '.join(known)}")
     cause = first["msg"].removeprefix("Value error, ").rstrip(".")
     return InputError(".".join(path) or "config", cause, f"It was {str(first['input'])[:200]!r}" if path else "See docs/configuration.md")
 
 
-def _fields(path: list[str]) -> list[str]:
-    model: Any = Config
+def _fields(root: type[Settings], path: list[str]) -> list[str]:
+    model: Any = root
     for part in path:
         model = model.model_fields[part].annotation
         model = next((arm for arm in getattr(model, "__args__", ()) if isinstance(arm, type) and issubclass(arm, Settings)), model)

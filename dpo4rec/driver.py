@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from dpo4rec.alignment.job import read_job, write_job
 from dpo4rec.cluster.pool import Units, cut, map_units, start_ray
 from dpo4rec.config import FREE, Config
 from dpo4rec.data.prepare import prepare
+from dpo4rec.data.sources import source_files
 from dpo4rec.files import content_hash, read_parquet, stable_seed
 from dpo4rec.knowledge.config import Decoding
 from dpo4rec.knowledge.encoders import Encoder, EncoderWorkerConfig, TfidfEncoder
@@ -78,7 +79,7 @@ class Run:
     def prepare(self) -> Report:
         """Data and lists, the language model, every user's prompt."""
         config, data = self.config, self.folder / "data"
-        summary = self.stage("prepare", config.data, [], [data], lambda: _into(data, lambda out: prepare(config.data, config.seed, out)))
+        summary = self.prepare_data()
         if config.llm.built_in:
             tiny, out = config.llm.tiny, self.folder / "language_model"
             settings = {"tiny": tiny.model_dump(), "prompt": config.prompt.model_dump(), "threads": config.cluster.training_threads}
@@ -92,6 +93,12 @@ class Run:
             lambda: self._prompts(prompts),
         )
         return summary
+
+    def prepare_data(self) -> Report:
+        """The source's files, brought into one schema, split and cut into lists."""
+        config, data = self.config.data, self.folder / "data"
+        work = partial(prepare, config, self.config.seed)
+        return self.stage("prepare", config, source_files(config), [data], lambda: into(data, work))
 
     def _warm_up(self, out: Path) -> Report:
         config = self.config
@@ -154,7 +161,7 @@ class Run:
         units = [(name, table.filter(pc.is_in(table["user_id"], pa.array(list(self._user_folds))))) for name, table in vectors]
 
         def work() -> Report:
-            self._map(f"round-{round_}/score", Scorer, scorer, [(name, table) for name, table in units if len(table)], here / "scores")
+            self.map(f"round-{round_}/score", Scorer, scorer, [(name, table) for name, table in units if len(table)], here / "scores")
             scores = read_parquet(here / "scores")
             report = {"texts": len(scores), "mean_reward": pc.mean(scores["reward"]).as_py()}
             truth = self.folder / "data" / "true_preferences.parquet"
@@ -234,12 +241,12 @@ class Run:
         prompts = self._prompts_of(splits)
 
         def work() -> Report:
-            self._map(
+            self.map(
                 f"{name}/sample", Sampler, sampler, cut(prompts.select(["user_id", "prompt_ids"]), config.sampling.users_per_unit), out
             )
             return self.describe(read_parquet(out))
 
-        settings = {**sampler.model_dump(exclude={"source", "adapter"}), "splits": splits, **self._pool_settings()}
+        settings = {**sampler.model_dump(exclude={"source", "adapter"}), "splits": splits, **self.pool_settings()}
         return self.stage(f"{name}/sample", settings, [self.folder / "prompts", *policy.files], [out], work)
 
     def _encode(self, name: str) -> None:
@@ -252,12 +259,12 @@ class Run:
             units = [
                 (unit, table.select(["user_id", "sample", "text"])) for unit, table in read_parquet_units(self.folder / name / "samples")
             ]
-            self._map(f"{name}/encode", Encoder, self._encoder, units, out)
+            self.map(f"{name}/encode", Encoder, self._encoder, units, out)
             return {"cut_texts": pc.sum(read_parquet(out, ["cut"])["cut"]).as_py()}
 
         report = self.stage(
             f"{name}/encode",
-            {**config.encoder.model_dump(), **self._pool_settings()},
+            {**config.encoder.model_dump(), **self.pool_settings()},
             [self.folder / name / "samples", folder],
             [out],
             work,
@@ -298,11 +305,11 @@ class Run:
         fitter = FitterConfig(data=str(self.folder / "data"), item_vectors=str(self.item_vectors), user_folds=self._user_folds)
 
         def work() -> Report:
-            self._map(f"{name} (fit)", Fitter, fitter, [job_unit(Path(job.out).name, job) for job in jobs], out / "fits")
+            self.map(f"{name} (fit)", Fitter, fitter, [job_unit(Path(job.out).name, job) for job in jobs], out / "fits")
             return {"fits": read_parquet(out / "fits").to_pylist()}
 
         inputs = [*sorted({Path(folder) for job in jobs for folder in job.texts}), self.folder / "data", self.item_vectors]
-        settings = {"jobs": [job.model_dump(exclude={"out", "texts"}) for job in jobs], **self._pool_settings()}
+        settings = {"jobs": [job.model_dump(exclude={"out", "texts"}) for job in jobs], **self.pool_settings()}
         return self.stage(f"{name}/fit", settings, inputs, [out], work)
 
     def describe(self, samples: pa.Table) -> Report:
@@ -365,10 +372,10 @@ class Run:
         prompts = read_parquet(self.folder / "prompts" / "prompts.parquet")
         return prompts.filter(pc.is_in(prompts["split"], pa.array(splits))).combine_chunks()
 
-    def _pool_settings(self) -> Report:
+    def pool_settings(self) -> Report:
         return {"threads": self.config.cluster.threads_per_worker}
 
-    def _map(self, label: str, worker: type, config: Any, units: Units, out: Path) -> None:
+    def map(self, label: str, worker: type, config: Any, units: Units, out: Path) -> None:
         map_units(worker, config, units, out, self.config.cluster, lambda done, of: self.announce(label, done, of))
 
     def stage(self, name: str, settings: Any, inputs: list[Path], outputs: list[Path], work: Callable[[], Report]) -> Report:
@@ -389,7 +396,7 @@ def aligned_with(round_folder: Path) -> str | None:
     return files.read_json(summary)["pairs_hash"] if summary.exists() else None
 
 
-def _into(folder: Path, work: Callable[[Path], Report]) -> Report:
+def into(folder: Path, work: Callable[[Path], Report]) -> Report:
     with files.atomic(folder) as partial:
         partial.mkdir()
         return work(partial)

@@ -96,7 +96,8 @@ class Experiment:
     def evaluate(self) -> Report:
         """Judges, texts, temperatures, metrics. Returns the content of `evaluation/results.json`."""
         self.fit_judges()
-        self.write_texts("validation")
+        if len(self.config.evaluation.temperatures) > 1:  # with one there is nothing to choose
+            self.write_texts("validation")
         self.choose_temperatures()
         self.write_texts("test")
         return self.measure()
@@ -127,17 +128,16 @@ class Experiment:
 
     def choose_temperatures(self) -> Report:
         """The temperature at which each policy serves its own recommender best on the validation users."""
-        out = self.folder / "temperatures.json"
-        inputs = [
-            self.run.folder / self._texts(policy, "validation", t) / "vectors"
-            for policy in POLICIES
-            for t in self.config.evaluation.temperatures
-        ]
+        out, temperatures = self.folder / "temperatures.json", self.config.evaluation.temperatures
+        if len(temperatures) == 1:
+            files.write_json({"chosen": dict.fromkeys(POLICIES, temperatures[0]), "validation_ndcg@5": {}}, out)
+            return files.read_json(out)["chosen"]
+        inputs = [self.run.folder / self._texts(policy, "validation", t) / "vectors" for policy in POLICIES for t in temperatures]
 
         def work() -> Report:
             curves: dict[str, dict[float, float]] = {policy: {} for policy in POLICIES}
             for policy in POLICIES:
-                for temperature in self.config.evaluation.temperatures:
+                for temperature in temperatures:
                     values = self._metrics(Condition(policy, policy, policy), "validation", temperature, [SELECTION_METRIC])
                     curves[policy][temperature] = float(values[SELECTION_METRIC].nanmean())
             chosen = {policy: max(curve, key=lambda t: curve[t]) for policy, curve in curves.items()}

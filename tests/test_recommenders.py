@@ -1,6 +1,10 @@
 """The re-rankers through their public doors: loading, fitting, scoring, saving."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,10 +13,11 @@ import torch
 from pydantic import ValidationError
 from recommender_data import text_vectors, write_data
 
+from dpo4rec.config import resolve
 from dpo4rec.data.config import DataConfig
 from dpo4rec.data.prepare import prepare
 from dpo4rec.errors import InputError
-from dpo4rec.evaluation.metrics import ndcg
+from dpo4rec.evaluation.metrics import ndcg, per_user
 from dpo4rec.files import read_parquet, write_parquet
 from dpo4rec.recommenders.config import RecommenderConfig
 from dpo4rec.recommenders.fit import FitReport, fit
@@ -149,16 +154,159 @@ def test_a_row_scores_the_same_in_any_company(data: RankingData) -> None:
     lists = torch.randint(len(data.labels), (200,), generator=torch.Generator().manual_seed(0))
     vectors = USERS[data.list_users[lists], 0]
     together = logits_of(reranker, data, lists, vectors)
-    torch.testing.assert_close(logits_of(reranker, data, lists, vectors, batch_size=7), together)
+    torch.testing.assert_close(logits_of(reranker, data, lists, vectors, batch_candidates=70), together)
     torch.testing.assert_close(logits_of(reranker, data, lists.flip(0), vectors.flip(0)).flip(0), together)
     assert logits_of(reranker, data, lists[:0], vectors[:0]).shape == (0, 10)
 
 
-def test_setrank_ignores_the_order_of_candidates(data: RankingData) -> None:
-    reranker, _ = fitted(data, small(model="setrank", epochs=1))
-    candidates, users = data.candidates[:20], data.list_users[:20]
-    vectors = USERS[users, 0]
-    torch.testing.assert_close(reranker(candidates.flip(1), users, vectors).flip(1), reranker(candidates, users, vectors))
+@pytest.mark.parametrize("model", ["setrank", "mir", "prm", "dlcm"])
+@pytest.mark.parametrize("ranked", [False, True])
+def test_only_the_set_models_ignore_the_order_of_unranked_candidates(data: RankingData, model: str, ranked: bool) -> None:
+    data = replace(data, ranked=ranked)
+    reranker, _ = fitted(data, small(model=model, user_signal="history+text", epochs=1))
+    users, order = data.list_users[:20], torch.randperm(10, generator=torch.Generator().manual_seed(0))
+    before = reranker(data.candidates[:20], users, USERS[users, 0])[:, order]
+    after = reranker(data.candidates[:20, order], users, USERS[users, 0])
+    assert torch.allclose(after, before, atol=1e-5) == (model in ("setrank", "mir") and not ranked)
+
+
+def test_mir_learns_from_the_history_and_more_from_a_text(data: RankingData) -> None:
+    test = data.lists_of(data.users_of("test"))
+    history, _ = fitted(data, small(model="mir", user_signal="history", item_text=False, epochs=8))
+    both, _ = fitted(data, small(model="mir", user_signal="history+text"))
+    none, _ = fitted(data, small(model="setrank", user_signal="none", item_text=False))
+    others = replace(data, histories=data.histories.roll(1, 0), history_ratings=data.history_ratings.roll(1, 0))
+
+    def quality(logits: torch.Tensor) -> float:
+        return float(ndcg(logits, data.labels[test], 5).nanmean())
+
+    assert quality(logits_of(history, data, test, None)) > quality(logits_of(none, data, test, None)) + 0.2
+    assert quality(logits_of(history.bind(others, None), others, test, None)) < 0.6
+    text = quality(logits_of(both, data, test, USERS[data.list_users[test], 0]))
+    assert text > 0.9
+    assert text > quality(logits_of(both, data, test, USERS[data.list_users[test] - 1, 0])) + 0.2
+
+
+@pytest.mark.parametrize("signal", ["history", "history+text"])
+def test_mir_takes_users_without_history_and_does_not_see_padding(data: RankingData, signal: str) -> None:
+    histories = data.histories.clone()
+    histories[::2] = 0
+    histories[1::2, 6:] = 0
+    data = replace(data, histories=histories, history_ratings=data.history_ratings.masked_fill(histories == 0, 0))
+    reranker, _ = fitted(data, small(model="mir", user_signal=signal, epochs=1))
+    lists = torch.arange(40)
+    vectors = USERS[data.list_users[lists], 0] if "text" in signal else None
+    logits = logits_of(reranker, data, lists, vectors)
+    assert logits.isfinite().all()
+    shorter = replace(data, histories=histories[:, :6], history_ratings=data.history_ratings[:, :6])
+    torch.testing.assert_close(logits_of(reranker.bind(shorter, ITEMS), shorter, lists, vectors), logits)
+
+
+@pytest.mark.parametrize("model", ["prm", "dlcm", "setrank", "mir"])
+def test_the_rank_of_the_first_stage_is_a_feature(tmp_path: Path, model: str) -> None:
+    quality = {}
+    signal = "history" if model == "mir" else "none"
+    for ranked in (True, False) if model in ("setrank", "mir") else (True,):  # the others see the order itself, whatever is said of it
+        write_data(tmp_path, users=120, ranked=ranked)
+        data = RankingData.load(tmp_path)
+        data = replace(data, histories=torch.zeros_like(data.histories), history_ratings=torch.zeros_like(data.history_ratings))
+        reranker, _ = fitted(data, small(model=model, user_signal=signal, item_text=False))
+        test = data.lists_of(data.users_of("test"))
+        quality[ranked] = ndcg(logits_of(reranker, data, test, None), data.labels[test], 5).nanmean()
+    assert quality[True] > 0.75
+    assert quality.get(False, 0) < 0.6
+
+
+def test_ranked_and_unranked_lists_do_not_mix(data: RankingData, tmp_path: Path) -> None:
+    for ranked in (True, False):
+        reranker, _ = fitted(replace(data, ranked=ranked), small(model="mir", user_signal="history+text", epochs=1))
+        reranker.save(tmp_path / "recommender")
+        loaded = Reranker.load(tmp_path / "recommender").bind(replace(data, ranked=ranked), ITEMS)
+        vectors = USERS[data.list_users[:20], 0]
+        assert torch.equal(logits_of(loaded, data, torch.arange(20), vectors), logits_of(reranker, data, torch.arange(20), vectors))
+        with pytest.raises(InputError, match="fitted on other items or lists"):
+            loaded.bind(replace(data, ranked=not ranked), ITEMS)
+
+
+def test_ranked_must_be_a_boolean_and_may_be_absent(tmp_path: Path) -> None:
+    write_data(tmp_path, users=20)
+    assert not RankingData.load(tmp_path).ranked
+    (tmp_path / "summary.json").write_text('{"lists": 3}')
+    assert not RankingData.load(tmp_path).ranked
+    (tmp_path / "summary.json").write_text('{"ranked": "yes"}')
+    with pytest.raises(InputError, match=r"summary.json: ranked is 'yes'"):
+        RankingData.load(tmp_path)
+
+
+def test_models_saved_before_lists_could_be_ranked_still_load(data: RankingData, tmp_path: Path) -> None:
+    reranker, _ = fitted(data, small(epochs=1))
+    reranker.save(tmp_path / "recommender")
+    file = tmp_path / "recommender" / "recommender.json"
+    stored = json.loads(file.read_text())
+    del stored["sizes"]["ranked"], stored["config"]["loss"], stored["config"]["selection_cutoff"]
+    file.write_text(json.dumps(stored))
+    loaded, vectors = Reranker.load(tmp_path / "recommender").bind(data, ITEMS), USERS[data.list_users[:20], 0]
+    assert torch.equal(logits_of(loaded, data, torch.arange(20), vectors), logits_of(reranker, data, torch.arange(20), vectors))
+
+
+@pytest.mark.parametrize("model", ["setrank", "mir"])
+def test_softmax_learns_from_one_positive_among_many(data: RankingData, model: str) -> None:
+    first = data.labels.cumsum(1) == 1  # one positive a list, and none in a third of the lists
+    labels = (data.labels.bool() & first & (torch.arange(len(data.labels)) % 3 > 0)[:, None]).float()
+    data = replace(data, labels=labels)
+    reranker, report = fitted(data, small(model=model, user_signal="history+text", loss="softmax"))
+    test = data.lists_of(data.users_of("test"))
+    found = ndcg(logits_of(reranker, data, test, USERS[data.list_users[test], 0]), labels[test], 5)
+    assert found.isnan().float().mean() > 0.3
+    assert found.nanmean() > 0.6
+    assert report.train_losses[-1] < report.train_losses[0] < 2.4  # log 10 = 2.3 where nothing is known
+    with pytest.raises(InputError, match="no training lists"):
+        fitted(replace(data, labels=labels * data.users_of("validation")[data.list_users][:, None]), reranker.config)
+
+
+def test_softmax_loss_is_the_cross_entropy_against_equal_shares_of_the_positives(data: RankingData) -> None:
+    config = small(loss="softmax", dropout=0.0, text_dropout=0.0, epochs=1, batch_size=10_000, learning_rate=1e-30, weight_decay=0.0)
+    texts = USERS[:, :1]
+    reranker, report = fit(config, data, ITEMS, texts, data.users_of("train"), data.users_of("validation"), seed=0)
+    lists = data.lists_of(data.users_of("train"))
+    logits = logits_of(reranker, data, lists, texts[data.list_users[lists], 0]).log_softmax(1)
+    each = [float(-row[liked].mean()) for row, liked in zip(logits, data.labels[lists].bool(), strict=True) if liked.any()]
+    assert report.train_losses[0] == pytest.approx(sum(each) / len(each), abs=1e-5)
+
+
+@pytest.mark.parametrize("cutoff", [1, 10])
+def test_the_epoch_is_chosen_at_the_cutoff(data: RankingData, cutoff: int) -> None:
+    reranker, report = fitted(data, small(user_signal="history", item_text=False, selection_cutoff=cutoff, epochs=3))
+    lists = data.lists_of(data.users_of("validation"))
+    values = ndcg(logits_of(reranker, data, lists, None), data.labels[lists], cutoff)
+    best = per_user(values, data.list_users[lists], len(data.user_ids)).nanmean()
+    assert report.validation_ndcg[report.chosen_epoch - 1] == max(report.validation_ndcg) == pytest.approx(float(best))
+
+
+HUNDRED = """
+import resource, sys, torch
+from pathlib import Path
+from dpo4rec.recommenders.config import RecommenderConfig
+from dpo4rec.recommenders.fit import fit
+from dpo4rec.recommenders.lists import RankingData
+from dpo4rec.recommenders.scoring import logits_of
+data = RankingData.load(Path(sys.argv[1]))
+items, users = torch.randn(len(data.item_ids), 768), torch.randn(len(data.user_ids), 1, 768)
+lists = torch.arange(len(data.labels))
+for model in ("prm", "dlcm", "setrank", "mir"):
+    config = RecommenderConfig(model=model, user_signal="history+text", epochs=1, batch_size=256)
+    reranker, _ = fit(config, data, items, users, data.users_of("train"), data.users_of("validation"), seed=0)
+    logits = logits_of(reranker, data, lists, users[data.list_users[lists], 0])
+    assert logits.shape == (len(lists), 100) and logits.isfinite().all()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+def test_lists_of_a_hundred_stay_under_four_gib(tmp_path: Path) -> None:
+    write_data(tmp_path, users=61, items=120, lists_per_user=6, list_length=100, ranked=True)  # one batch of 252 training lists
+    done = subprocess.run([sys.executable, "-c", HUNDRED, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 4
 
 
 def test_users_outside_the_masks_may_lack_texts(data: RankingData) -> None:
@@ -188,6 +336,12 @@ def test_arguments_that_do_not_fit_are_input_errors(data: RankingData, tmp_path:
         fit(small(), data, ITEMS, USERS, torch.zeros_like(train), validation, seed=0)
     with pytest.raises(ValidationError, match="heads"):
         RecommenderConfig(hidden_dim=30, heads=4)
+    for signal in ("none", "text"):
+        with pytest.raises(ValidationError, match=f"user_signal={signal} has none"):
+            RecommenderConfig(model="mir", user_signal=signal)
+    with pytest.raises(InputError, match="level of its logits"):
+        resolve("quickstart", None, ["recommender.loss=softmax"])
+    assert resolve("quickstart", None, ["recommender.loss=softmax", "reward.kind=ndcg"]).recommender.loss == "softmax"
 
 
 def test_a_model_refuses_another_catalogue_and_damaged_files(data: RankingData, tmp_path: Path) -> None:

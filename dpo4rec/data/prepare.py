@@ -8,22 +8,11 @@ import pyarrow as pa
 
 from dpo4rec.data.config import DataConfig
 from dpo4rec.data.lists import build_lists, lists_hash
-from dpo4rec.data.movielens import read_movielens
-from dpo4rec.data.schema import Tables, codes_of, item_text, validate
-from dpo4rec.data.simulation import simulate
+from dpo4rec.data.schema import Tables, codes_of
+from dpo4rec.data.sources import read_source
 from dpo4rec.data.splits import SPLITS, Log, sample_users, split_users
-from dpo4rec.data.table import read_table
 from dpo4rec.errors import InputError
 from dpo4rec.files import write_json, write_parquet
-
-
-def read_source(config: DataConfig, seed: int) -> Tables:
-    """The validated tables of the configured source; raises `InputError` naming file and line (or row) of what is wrong."""
-    if config.simulation:
-        return validate(simulate(config.simulation, seed))
-    if config.table:
-        return validate(read_table(config.table, config.source_folder))
-    return validate(read_movielens(config.source, config.source_folder))
 
 
 def prepare(config: DataConfig, seed: int, out: Path) -> dict[str, Any]:
@@ -44,7 +33,7 @@ def prepare(config: DataConfig, seed: int, out: Path) -> dict[str, Any]:
     users = _users(tables, log, splits)
 
     write_parquet(_interactions(log), out / "interactions.parquet")
-    write_parquet(_with_text(tables.items), out / "items.parquet")
+    write_parquet(tables.items, out / "items.parquet")
     write_parquet(users, out / "users.parquet")
     write_parquet(_histories(log, history), out / "histories.parquet")
     write_parquet(lists, out / "lists.parquet")
@@ -60,6 +49,7 @@ def prepare(config: DataConfig, seed: int, out: Path) -> dict[str, Any]:
         "lists_with_a_positive": sum(any(labels) for labels in lists["labels"].to_pylist()),
         "dropped_users": {"too_few_interactions": short, "beyond_max_users": tables.users.num_rows - short - len(log.users)},
         "lists_hash": lists_hash(lists),
+        **tables.report,
     }
     write_json(summary, out / "summary.json")
     return summary
@@ -89,11 +79,6 @@ def _interactions(log: Log) -> pa.Table:
             "timestamp": log.timestamps,
         }
     )
-
-
-def _with_text(items: pa.Table) -> pa.Table:
-    texts = [item_text(row["title"], row["genres"], row["year"], row["people"]) for row in items.to_pylist()]
-    return items.append_column("text", pa.array(texts, pa.string()))
 
 
 def _users(tables: Tables, log: Log, splits: np.ndarray) -> pa.Table:

@@ -1,7 +1,7 @@
 """The one form that every source is brought into, and its checks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +33,7 @@ class Tables:
         users: columns of `USERS`; profile may be "".
         places: what to put before a row's number (from 1) in an error, of interactions, items and users: "ratings.dat, line".
         preferences: columns of `PREFERENCES`; the truth, which only a simulation knows.
+        report: what was mended, dropped and added: counts by step, as `summary.json` has them.
     """
 
     interactions: pa.Table
@@ -40,6 +41,7 @@ class Tables:
     users: pa.Table
     places: tuple[str, str, str]
     preferences: pa.Table | None = None
+    report: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 def era(year: int) -> str:
@@ -87,6 +89,12 @@ def codes_of(values: pa.ChunkedArray, known: pa.Array | pa.ChunkedArray) -> np.n
     return pc.fill_null(found, -1).to_numpy().astype(np.int64)
 
 
+def pair_codes(interactions: pa.Table) -> np.ndarray:
+    """A number (int64) for the user and item of each row, equal where both are equal."""
+    users, items = (interactions[name].combine_chunks().dictionary_encode() for name in ("user_id", "item_id"))
+    return users.indices.to_numpy().astype(np.int64) * len(items.dictionary) + items.indices.to_numpy()
+
+
 def _first(bad: pa.ChunkedArray) -> int | None:
     position = pc.index(bad, True).as_py()
     return None if position < 0 else position
@@ -123,9 +131,7 @@ def _refuse_unusable(interactions: pa.Table, place: str) -> None:
 
 
 def _refuse_repeated_pairs(interactions: pa.Table, place: str) -> None:
-    users, items = (interactions[name].combine_chunks().dictionary_encode() for name in ("user_id", "item_id"))
-    pairs = users.indices.to_numpy().astype(np.int64) * len(items.dictionary) + items.indices.to_numpy()
-    row = _second_occurrence(pairs)
+    row = _second_occurrence(pair_codes(interactions))
     if row is not None:
         user, item = interactions["user_id"][row].as_py(), interactions["item_id"][row].as_py()
         cause = f"user {user!r} has item {item!r} a second time"

@@ -18,8 +18,8 @@ def read_table(config: TableConfig, folder: Path) -> Tables:
 
     Raises `InputError` when a file is missing or damaged, a column is missing (naming the nearest) or has an unusable type.
     """
-    interactions = _File(folder / config.interactions, config.list_separator, numbers=(config.rating_column, config.timestamp_column))
-    items = _File(folder / config.items, config.list_separator, numbers=(config.year_column,))
+    interactions = TableFile(folder / config.interactions, config.list_separator, numbers=(config.rating_column, config.timestamp_column))
+    items = TableFile(folder / config.items, config.list_separator, numbers=(config.year_column,))
     log = pa.table(
         [
             interactions.ids(config.user_column),
@@ -44,24 +44,30 @@ def read_table(config: TableConfig, folder: Path) -> Tables:
         users = pa.table([known, pa.array([""] * len(known))], schema=USERS)
         users_place = interactions.place
     else:
-        file = _File(folder / config.users, config.list_separator)
+        file = TableFile(folder / config.users, config.list_separator)
         users = pa.table([file.ids(config.user_column), pc.fill_null(file.text(config.profile_column), "")], schema=USERS)
         users_place = file.place
     return Tables(log, catalogue, users, places=(interactions.place, items.place, users_place))
 
 
-class _File:
-    """One file; a method for each kind of column."""
+class TableFile:
+    """One Parquet or CSV file; a method for each kind of column.
 
-    def __init__(self, path: Path, list_separator: str, numbers: tuple[str | None, ...] = ()) -> None:
-        self.path, self.place, self.list_separator = path, f"{path}, row", list_separator
-        self.table = _read(path, numbers)
+    Args:
+        list_separator: between the members of a list in one CSV cell.
+        numbers: the columns of a CSV that hold numbers; all others are strings.
+        key: the part of the configuration that names the file and its columns, for errors.
+    """
+
+    def __init__(self, path: Path, list_separator: str = "|", numbers: tuple[str | None, ...] = (), key: str = "data.table") -> None:
+        self.path, self.place, self.list_separator, self.key = path, f"{path}, row", list_separator, key
+        self.table = _read(path, numbers, key)
 
     def _column(self, name: str) -> pa.ChunkedArray:
         if name not in self.table.column_names:
             nearest = difflib.get_close_matches(name, self.table.column_names, n=1, cutoff=0)
             hint = f"the nearest of the file is {nearest[0]!r}" if nearest else "the file has none"
-            raise InputError(str(self.path), f"there is no column {name!r}", f"Correct the column names in data.table: {hint}")
+            raise InputError(str(self.path), f"there is no column {name!r}", f"Correct the column names in {self.key}: {hint}")
         if self.table.column_names.count(name) > 1:
             raise self._refuse(name, "several columns have this name", "Rename all but one")
         column = self.table[name]
@@ -122,12 +128,12 @@ def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
-def _read(path: Path, numbers: tuple[str | None, ...]) -> pa.Table:
+def _read(path: Path, numbers: tuple[str | None, ...], key: str) -> pa.Table:
     """Parquet by its types; of a CSV all but `numbers` are strings, so that an id such as "007" stays what it is."""
     if path.suffix not in (".parquet", ".csv"):
         raise InputError(str(path), "the file is neither .parquet nor .csv", "Convert it to one of them")
     if not path.is_file():
-        raise InputError(str(path), "there is no such file", "Put it there or correct data.folder and data.table")
+        raise InputError(str(path), "there is no such file", f"Put it there or correct data.folder and {key}")
     try:
         if path.suffix == ".parquet":
             return pq.read_table(path)

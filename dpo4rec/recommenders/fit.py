@@ -21,7 +21,10 @@ from dpo4rec.recommenders.scoring import logits_of
 
 @dataclass(frozen=True)
 class FitReport:
-    """How a fit went, by epoch: training loss in nats a candidate, NDCG@5 of the validation users; epochs are counted from 1."""
+    """How a fit went, by epoch: training loss in nats (bce: a candidate; softmax: a list), NDCG@selection_cutoff of the validation users.
+
+    Epochs are counted from 1.
+    """
 
     train_losses: list[float]
     validation_ndcg: list[float]
@@ -57,7 +60,8 @@ def fit(
     with torch.random.fork_rng(devices=[]):  # initial weights and dropout draw from the global generator
         torch.manual_seed(stable_seed("recommender", seed))
         model = _build(config, data, item_vectors, user_vectors, train_users)
-        losses, scores, best = _train(model, data, user_vectors, data.lists_of(train_users), data.lists_of(validation_users), seed)
+        lists = _training_lists(config, data, train_users)
+        losses, scores, best = _train(model, data, user_vectors, lists, data.lists_of(validation_users), seed)
     model.load_state_dict(best)
     report = FitReport(losses, scores, 1 + scores.index(max(scores)), time.perf_counter() - started)
     return model.eval(), report
@@ -93,7 +97,7 @@ def _train(
         for batch in lists[torch.randperm(len(lists), generator=generator)].split(config.batch_size):
             users = data.list_users[batch]
             logits = model(data.candidates[batch], users, _drawn(user_vectors, users, generator))
-            loss = F.binary_cross_entropy_with_logits(logits, data.labels[batch])
+            loss = _loss(config, logits, data.labels[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -106,6 +110,22 @@ def _train(
     return losses, scores, best
 
 
+def _training_lists(config: RecommenderConfig, data: RankingData, users: Tensor) -> Tensor:
+    """Numbers of the lists that teach something: to a softmax, those with a positive."""
+    lists = data.lists_of(users)
+    return lists[data.labels[lists].any(1)] if config.loss == "softmax" else lists
+
+
+def _loss(config: RecommenderConfig, logits: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross-entropy a candidate, or the attention rank loss of DLCM (Ai et al., SIGIR 2018) a list, both of [B, K].
+
+    The latter is the cross-entropy of the softmax over the candidates against labels / number of positives.
+    """
+    if config.loss == "bce":
+        return F.binary_cross_entropy_with_logits(logits, labels)
+    return F.cross_entropy(logits, labels / labels.sum(1, keepdim=True))
+
+
 def _drawn(user_vectors: Tensor | None, users: Tensor, generator: Generator) -> Tensor | None:
     """One text of each of the users [B], [B, D]."""
     if user_vectors is None:
@@ -114,13 +134,13 @@ def _drawn(user_vectors: Tensor | None, users: Tensor, generator: Generator) -> 
 
 
 def _validation_ndcg(model: Reranker, data: RankingData, user_vectors: Tensor | None, lists: Tensor) -> float:
-    """Mean over users of the mean NDCG@5 over their lists and texts."""
+    """Mean over users of the mean NDCG@k over their lists and texts, k = `selection_cutoff`."""
     users = data.list_users[lists]
     texts = 1 if user_vectors is None else user_vectors.shape[1]
     values = []
     for sample in range(texts):
         logits = logits_of(model, data, lists, None if user_vectors is None else user_vectors[users, sample])
-        values.append(ndcg(logits, data.labels[lists], 5))
+        values.append(ndcg(logits, data.labels[lists], model.config.selection_cutoff))
     means = per_user(torch.cat(values), users.repeat(texts), len(data.user_ids))
     return float(means.nanmean())
 
@@ -148,5 +168,5 @@ def _check(
     if (train_users & validation_users).any():
         raise InputError("users", "some are in both the training and the validation mask", "Choose the epoch on other users")
     labels = data.labels[data.lists_of(validation_users)]
-    if not len(data.lists_of(train_users)) or not labels.any():
+    if not len(_training_lists(config, data, train_users)) or not labels.any():
         raise InputError("lists", "no training lists, or no validation list with a positive", "Use more users or longer histories")

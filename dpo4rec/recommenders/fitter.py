@@ -28,10 +28,10 @@ class FitJob(Settings):
 
 
 class FitterConfig(Settings):
-    """What all jobs share: the data folder, the item vectors, the training users' folds."""
+    """What all jobs share: the data folder, the item vectors (None: no job reads item text), the training users' folds."""
 
     data: str
-    item_vectors: str
+    item_vectors: str | None
     user_folds: dict[str, int] = {}
 
 
@@ -45,7 +45,7 @@ class Fitter:
     def __init__(self, config: FitterConfig) -> None:
         self.config = config
         self.data = RankingData.load(Path(config.data))
-        self.item_vectors = files.read_tensors(Path(config.item_vectors))["item_vectors"]
+        self.item_vectors = files.read_tensors(Path(config.item_vectors))["item_vectors"] if config.item_vectors else None
 
     def __call__(self, unit: pa.Table) -> pa.Table:
         return pa.Table.from_pylist([self._fit(FitJob.model_validate_json(job)) for job in unit["job"].to_pylist()])

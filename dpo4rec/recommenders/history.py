@@ -1,4 +1,4 @@
-"""What the logs alone say: item features from ids and attributes, and an ID-based encoder of the history (the control of the texts)."""
+"""What the logs alone say: item features from ids and attributes, and ID-based encoders of the history (the control of the texts)."""
 
 import torch
 import torch.nn.functional as F
@@ -42,3 +42,32 @@ class HistoryEncoder(nn.Module):
         weights = F.pad(scores, (1, 0)).softmax(-1)[..., 1:]  # the empty slot: key and value 0
         summary = weights @ (values + ratings[..., None] * rated)
         return torch.cat([summary, summary * queries], -1)
+
+
+class HistoryList(nn.Module):
+    """The history as a list, for MIR: a GRU over rated items, and how far each has faded, exp(-theta_u * age), theta_u > 0 from its end.
+
+    The age is a share of the user's own history, 0 for the newest item, so that short and long histories fade alike.
+    """
+
+    def __init__(self, item_width: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.inputs = nn.Linear(item_width, 2 * hidden_dim)  # an item, and its multiple for each standard deviation of the rating
+        self.states = nn.GRU(hidden_dim, hidden_dim, batch_first=True)
+        self.rate = nn.Linear(hidden_dim, 1)
+
+    def forward(self, items: Tensor, places: Tensor, ratings: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        """Memory [U, H, hidden_dim] and log of the decay [U, H], -inf where no item is.
+
+        Args:
+            items: features [N, item_width] of the distinct history items.
+            places: which of them each is, [U, H], oldest first, padded at the end; so are `ratings` and `present`.
+        """
+        plain, rated = F.embedding(places, self.inputs(items)).chunk(2, -1)
+        inputs = plain + ratings[..., None] * rated
+        states, _ = self.states(inputs)
+        lengths = present.sum(1, keepdim=True)  # [U, 1]
+        newest = states.gather(1, (lengths - 1).clamp(min=0)[..., None].expand(-1, -1, states.shape[-1])).squeeze(1)
+        ages = (lengths - 1 - torch.arange(present.shape[1])) / lengths.clamp(min=1)
+        decay = -F.softplus(self.rate(newest)) * ages
+        return inputs + states, decay.masked_fill(~present, -torch.inf)

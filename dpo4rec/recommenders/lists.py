@@ -15,7 +15,7 @@ from torch import Tensor
 from dpo4rec.data.schema import codes_of
 from dpo4rec.data.splits import SPLITS
 from dpo4rec.errors import InputError
-from dpo4rec.files import read_parquet
+from dpo4rec.files import read_json, read_parquet
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,15 @@ class RankingData:
     list_users: Tensor  # [L] user number
     candidates: Tensor  # [L, K] item codes
     labels: Tensor  # [L, K] float 0 or 1
+    ranked: bool  # candidates stand in the order of a first-stage retriever, best first; otherwise their order says nothing
 
     @classmethod
     def load(cls, data_folder: Path) -> "RankingData":
-        """Reads items, users, histories and lists of a run's data folder.
+        """Reads items, users, histories and lists of a run's data folder, and `ranked` of its `summary.json` (absent: false).
 
         Raises:
-            InputError: a file is missing or damaged, is empty, or names an unknown user, item or split, or lists differ in length.
+            InputError: a file is missing or damaged, is empty, or names an unknown user, item or split, lists differ in length, or `ranked`
+                is not a boolean.
         """
         items, users = read_parquet(data_folder / "items.parquet"), read_parquet(data_folder / "users.parquet")
         user_ids, item_ids = users["user_id"].to_pylist(), items["item_id"].to_pylist()
@@ -62,6 +64,7 @@ class RankingData:
             list_users=list_users,
             candidates=candidates,
             labels=labels,
+            ranked=_ranked(data_folder / "summary.json"),
         )
 
     def users_of(self, split: str) -> Tensor:
@@ -117,6 +120,13 @@ def _standardised(ratings: Tensor, present: Tensor, training: Tensor) -> Tensor:
     if not len(known) or known.min() == known.max():  # implicit feedback: one value says nothing
         return torch.zeros_like(ratings)
     return ((ratings - known.mean()) / known.std()).masked_fill(~present, 0)
+
+
+def _ranked(file: Path) -> bool:
+    ranked = read_json(file).get("ranked", False) if file.exists() else False
+    if not isinstance(ranked, bool):
+        raise InputError(str(file), f"ranked is {ranked!r}", "Write true (candidates in the first stage's order) or false")
+    return ranked
 
 
 def _lists(file: Path, user_ids: list[str], item_ids: list[str]) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,7 +18,7 @@ from dpo4rec.recommenders.adaptor import HybridExpertAdaptor
 from dpo4rec.recommenders.config import RecommenderConfig
 from dpo4rec.recommenders.history import HistoryEncoder, ItemEncoder
 from dpo4rec.recommenders.lists import RankingData
-from dpo4rec.recommenders.rerankers import DLCM, SelfAttentive
+from dpo4rec.recommenders.rerankers import DLCM, MIR, SelfAttentive
 from dpo4rec.settings import Settings
 
 
@@ -31,6 +31,7 @@ class Sizes(Settings):
     list_length: int
     text_dim: int
     items_hash: str
+    ranked: bool = False  # absent from models saved before lists could be ranked
 
     @classmethod
     def of(cls, data: RankingData, text_dim: int) -> "Sizes":
@@ -43,12 +44,17 @@ class Sizes(Settings):
             list_length=data.candidates.shape[1],
             text_dim=text_dim,
             items_hash=hashlib.sha256(catalogue.encode()).hexdigest()[:16],
+            ranked=data.ranked,
         )
 
 
 class Reranker(nn.Module):
-    """Scores candidates from [item | history | knowledge] features, parts as configured; needs `bind` before the first use."""
+    """Scores candidates from [item | history | knowledge | first-stage rank] features; needs `bind` before the first use.
 
+    Parts are as configured, the rank where lists are ranked. MIR has the history in its backbone and not among the features.
+    """
+
+    ranks: Tensor | None
     genres: Tensor
     eras: Tensor
     histories: Tensor
@@ -60,10 +66,13 @@ class Reranker(nn.Module):
         self.config, self.sizes = config, sizes
         self.items = ItemEncoder(sizes.items, sizes.genres, sizes.eras, config.embedding_dim)
         self.dropout = nn.Dropout(config.dropout)
-        self.history = HistoryEncoder(self.items.width, config.embedding_dim) if config.reads_history else None
+        attends = config.reads_history and config.model != "mir"
+        self.history = HistoryEncoder(self.items.width, config.embedding_dim) if attends else None
         self.adaptor = self._adaptor() if config.text_sides else None
+        self.register_buffer("ranks", _rank_features(sizes.list_length) if sizes.ranked else None, persistent=False)
         parts = [self.items, self.history, self.adaptor]
-        self.backbone = self._backbone(sum(part.width for part in parts if part is not None))
+        rank_width = 0 if self.ranks is None else self.ranks.shape[1]
+        self.backbone = self._backbone(sum(part.width for part in parts if part is not None) + rank_width)
 
     def _adaptor(self) -> HybridExpertAdaptor:
         config = self.config
@@ -74,6 +83,9 @@ class Reranker(nn.Module):
         config = self.config
         if config.model == "dlcm":
             return DLCM(feature_dim, config.hidden_dim, config.dropout)
+        if config.model == "mir":
+            fields = self.items.width // config.embedding_dim
+            return MIR(feature_dim, fields, config.embedding_dim, config.hidden_dim, config.dropout, config.heads)
         positions = self.sizes.list_length if config.model == "prm" else 0
         return SelfAttentive(feature_dim, config.hidden_dim, config.dropout, config.heads, positions)
 
@@ -81,7 +93,8 @@ class Reranker(nn.Module):
         """Attaches the data the weights were made for: attributes, histories and item text vectors [I, D], in the order of `item_ids`.
 
         Raises:
-            InputError: another catalogue, list length or vector width than the weights', or item vectors missing or not asked for.
+            InputError: another catalogue, list length or vector width than the weights', ranked lists for a model of unranked ones or
+                the other way round, or item vectors missing or not asked for.
         """
         if (item_vectors is not None) != self.config.item_text:
             raise InputError(
@@ -112,22 +125,28 @@ class Reranker(nn.Module):
             user_vectors: text vectors [B, D]; None when `user_signal` has no text.
         """
         codes, places = candidates.unique(return_inverse=True)
-        features = [F.embedding(places, self.dropout(self._item_features(codes)))]
+        items = F.embedding(places, self.dropout(self._item_features(codes)))
+        features = [items]
         if self.history is not None:
-            features.append(self._history_features(self.history, features[0], users))
+            features.append(self.history(items, *self._history_of(users)))
         if self.adaptor is not None:
             item_vectors = None if self.item_vectors is None else self.item_vectors[codes]
             features.append(self.adaptor(item_vectors, places, user_vectors))
-        return self.backbone(torch.cat(features, -1))
+        if self.ranks is not None:
+            features.append(self.ranks.expand(len(candidates), -1, -1))
+        if not isinstance(self.backbone, MIR):
+            return self.backbone(torch.cat(features, -1))
+        distinct, owners = users.unique(return_inverse=True)  # a GRU over each history once
+        return self.backbone(torch.cat(features, -1), items, owners, self._history_of(distinct))
 
     def _item_features(self, codes: Tensor) -> Tensor:
         return self.items(codes, self.genres[codes], self.eras[codes])
 
-    def _history_features(self, encoder: HistoryEncoder, candidates: Tensor, users: Tensor) -> Tensor:
+    def _history_of(self, users: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Features of the distinct history items [N, width], which of them each is, its rating and its presence [users, H]."""
         histories = self.histories[users]
         codes, places = histories.unique(return_inverse=True)
-        items = self.dropout(self._item_features(codes))
-        return encoder(candidates, items, places, self.ratings[users], histories > 0)
+        return self.dropout(self._item_features(codes)), places, self.ratings[users], histories > 0
 
     def save(self, folder: Path) -> None:
         """Writes `recommender.json` (configuration and sizes) and `model.safetensors`; bound data is not saved."""
@@ -146,6 +165,12 @@ class Reranker(nn.Module):
         except (ValidationError, KeyError, TypeError, RuntimeError) as error:
             raise corrupted(file, error) from error
         return model.eval()
+
+
+def _rank_features(list_length: int) -> Tensor:
+    """What the place in the first stage's order says, [K, 2]: the discount of NDCG, 1 / log2(1 + rank), and rank / K; ranks from 1."""
+    ranks = torch.arange(1, list_length + 1)
+    return torch.stack([1 / torch.log2(1 + ranks), ranks / list_length], 1)
 
 
 def _given(tensor: Tensor | None) -> str:

@@ -24,21 +24,43 @@ def print_results(results: dict[str, Any]) -> None:
     Console(width=None).print(result_tables(results))
 
 
+MEASURED = ("ndcg@10", "hr@10", "ndcg@5", "mrr@10", "coverage@10", "popularity_lift@10", "long_tail@10", "novelty@10", "diversity@10")
+
+
+def print_measured(protocol: str, summary: dict[str, Any]) -> None:
+    """Recommenders fitted for their own sake: metrics by condition, and each fit against the first control."""
+    table = Table(title=f"{protocol}: {summary['users']} test users, candidates {summary['candidates_hash']}")
+    table.add_column("condition")
+    for name in MEASURED:
+        table.add_column(_heading(name), justify="right")
+    for label, values in summary["metrics"].items():
+        table.add_row(escape(label), *(f"{values[name]:.4f}" for name in MEASURED))
+    cold = {name: summary[name] for name in ("cold_test_users", "cold_test_interactions") if summary.get(name)}
+    lines = [Text(f"{count} {name.replace('_', ' ')}: see docs/recommenders.md") for name, count in cold.items()]
+    rows = [row for row in summary["comparisons"] if row["metric"] == "ndcg@10"]
+    Console(width=max(Console().width, 120)).print(Group(table, _comparisons({"comparisons": rows}, "ndcg@10"), *lines))
+
+
+def _heading(metric: str) -> str:
+    name, _, cutoff = metric.partition("@")
+    return f"{name.upper() if name in ('ndcg', 'hr', 'map', 'mrr') else name.replace('_', ' ')}@{cutoff}"
+
+
 def _metrics(results: dict[str, Any]) -> Table:
     title = f"Test users: {results['test_users']}, {results['seeds']} seeds, lists {results['lists_hash']}"
     table = Table(title=title)
     table.add_column("condition")
     for name in SHOWN:
-        table.add_column(name.replace("ndcg", "NDCG").replace("map", "MAP"), justify="right")
+        table.add_column(_heading(name), justify="right")
     for label, values in results["metrics"].items():
         table.add_row(escape(label), *(f"{values[name]:.4f}" for name in SHOWN))
     return table
 
 
-def _comparisons(results: dict[str, Any]) -> Table:
-    table = Table("difference in NDCG@5", "mean", "95 % interval", "p", title="Paired bootstrap over users")
+def _comparisons(results: dict[str, Any], metric: str = "ndcg@5") -> Table:
+    table = Table(f"difference in {_heading(metric)}", "mean", "95 % interval", "p", title="Paired bootstrap over users")
     for row in results["comparisons"]:
-        if row["metric"] == "ndcg@5":
+        if row["metric"] == metric:
             interval = f"[{row['low']:+.4f}, {row['high']:+.4f}]"
             table.add_row(escape(f"{row['a']} - {row['b']}"), f"{row['difference']:+.4f}", escape(interval), f"{row['p_value']:.4f}")
     return table

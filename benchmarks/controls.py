@@ -1,0 +1,122 @@
+"""What each user signal is worth to each re-ranker before any alignment: the baseline that aligned texts must beat.
+
+    python benchmarks/controls.py frozen runs/ml-1m runs/controls
+    python benchmarks/controls.py retrieved runs/ml-1m runs/controls --set 'retrieved.file=retrieved_candidates.parquet' ...
+
+The first folder is a finished run, whose data and untuned texts are used; the second is made, or continued. Writes
+benchmarks/results/controls_<protocol>.json.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+
+from benchmarks.interruptions import split_at_dashes
+from benchmarks.record import record
+from dpo4rec.config import recommender_of, resolve
+from dpo4rec.driver import Run
+from dpo4rec.evaluation.significance import holm, paired_bootstrap
+from dpo4rec.files import read_json, read_parquet, stable_seed, write_parquet
+from dpo4rec.knowledge.user_texts import read_user_texts
+from dpo4rec.measure import Measurement
+from dpo4rec.recommend import Recommenders
+from dpo4rec.report.progress import ProgressDisplay
+
+MODELS = ("prm", "dlcm", "setrank", "mir")
+METRIC = {"frozen": "ndcg@5", "retrieved": "ndcg@10"}
+SETTINGS = {
+    "frozen": [],
+    "retrieved": [f"recommender.{s}" for s in ("loss=softmax", "selection_cutoff=10", "epochs=10", "batch_size=32", "learning_rate=1e-3")],
+}
+SIGNALS = {
+    "none": ("none", False, None),
+    "item text": ("none", True, None),
+    "history": ("history", False, None),
+    "titles": ("text", True, "titles"),
+    "untuned": ("text", True, "untuned"),
+    "shuffled": ("text", True, "shuffled"),
+    "history+untuned": ("history+text", True, "untuned"),
+}
+"""Label -> user signal, item text, whose texts. MIR reads the history always, so its text rows are history+text."""
+COMPARED = (("history", "none"), ("untuned", "item text"), ("untuned", "titles"), ("untuned", "shuffled"), ("history+untuned", "history"))
+
+
+def write_texts(source: Path, data: Path, out: Path, seed: int) -> None:
+    """The untuned texts, the same texts of other users of the same split, and the titles of each user's history."""
+    chosen = read_json(source / "evaluation" / "temperatures.json")["chosen"]["untuned"]
+    folders = [source / "round-0" / "samples", source / "evaluation" / "texts" / f"untuned-test-t{chosen:g}" / "samples"]
+    untuned = read_user_texts(folders)
+    write_parquet(untuned, out / "untuned.parquet")
+    splits = dict(zip(*(read_parquet(data / "users.parquet")[name].to_pylist() for name in ("user_id", "split")), strict=True))
+    stranger = {}
+    for split in sorted(set(splits.values())):
+        users = sorted((user for user in splits if splits[user] == split), key=lambda user: stable_seed(seed, "shuffled", user))
+        stranger |= dict(zip(users, users[1:] + users[:1], strict=True))
+    write_parquet(
+        untuned.set_column(0, "user_id", pa.array([stranger[user] for user in untuned["user_id"].to_pylist()])), out / "shuffled.parquet"
+    )
+    titles = dict(zip(*(read_parquet(data / "items.parquet")[name].to_pylist() for name in ("item_id", "title")), strict=True))
+    rows = read_parquet(data / "histories.parquet").to_pylist()
+    listed = ["; ".join(titles[item] for item in row["item_ids"]) for row in rows]
+    write_parquet(pa.table({"user_id": [row["user_id"] for row in rows], "text": listed}), out / "titles.parquet")
+
+
+def fits(protocol: str, texts: Path) -> list[tuple[str, str, list[str], list[str]]]:
+    """Name, model, settings and text files of every fit."""
+    found = []
+    for model in MODELS:
+        for label, (signal, item_text, whose) in SIGNALS.items():
+            if model == "mir" and (signal == "none" or label == "history+untuned"):
+                continue
+            signal = "history+text" if model == "mir" and whose else signal
+            own = [f"recommender.user_signal={signal}", f"recommender.item_text={str(item_text).lower()}", *SETTINGS[protocol]]
+            found.append((f"{model}-{label.replace(' ', '-')}", model, own, [str(texts / f"{whose}.parquet")] if whose else []))
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("protocol", choices=METRIC)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--set", action="append", default=[])
+    own, _ = split_at_dashes(sys.argv[1:])
+    given = parser.parse_args(own)
+    run = Run(resolve(None, given.source / "config.yaml", given.set), given.run_dir, ProgressDisplay())
+    recommenders = Recommenders(run)
+    data, texts = recommenders.data_of(given.protocol), given.run_dir / f"{given.protocol}-texts"
+    if not texts.exists():
+        write_texts(given.source, data, texts, run.config.seed)
+    for name, model, settings, files in fits(given.protocol, texts):
+        options = recommender_of(run.config, model, f"{name}-{given.protocol}", given.protocol, files, settings)
+        recommenders.fit(options)
+    measurement = Measurement(recommenders)
+    summary = measurement.measure(given.protocol, measurement.protocols()[given.protocol])
+    per_user = read_parquet(given.run_dir / "evaluation" / given.protocol / "per_user.parquet").to_pandas()
+    metric = METRIC[given.protocol]
+    values = per_user.pivot(index="user_id", columns="condition", values=metric)
+    comparisons = []
+    for model in MODELS:
+        for a, b in COMPARED:
+            names = [f"{model}-{label.replace(' ', '-')}-{given.protocol}" for label in (a, b)]
+            if all(name in values for name in names):
+                pair = [run_tensor(values[name]) for name in names]
+                comparisons.append({"model": model, "a": a, "b": b, **vars(paired_bootstrap(*pair, seed=0))})
+    for row, corrected in zip(comparisons, holm([row["p_value"] for row in comparisons]), strict=True):
+        row["p_value_holm"] = corrected
+    figures = {f"{metric} {name.removesuffix('-' + given.protocol)}": round(of[metric], 4) for name, of in summary["metrics"].items()}
+    figures |= {"test_users": summary["users"], "seeds": run.config.evaluation.seeds}
+    record(f"controls_{given.protocol}", figures, {"comparisons": comparisons, "summary": summary})
+    return 0
+
+
+def run_tensor(series):
+    import torch
+
+    return torch.tensor(series.to_numpy())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

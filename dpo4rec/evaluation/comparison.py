@@ -1,0 +1,155 @@
+"""Two run folders against each other, user by user.
+
+A protocol is a way of making candidates. A recommender's folder has `evaluation/<protocol>/per_user.parquet` beside a `summary.json` with
+the candidates' hash; the folder of a whole run has `evaluation/per_user.parquet`, of the protocol "lists", beside `results.json`.
+Columns are user_id, condition, and metrics.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from dpo4rec.errors import InputError
+from dpo4rec.evaluation.significance import holm, paired_bootstrap, wilcoxon
+from dpo4rec.files import corrupted, missing, read_json, read_parquet
+
+DEFAULT_METRICS = ("ndcg@10", "ndcg@5")
+KEYS = ["user_id", "condition"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The per-user values of a folder under one protocol, and the hash of the candidates that were ranked."""
+
+    file: Path
+    values: pd.DataFrame
+    candidates_hash: str
+
+    @property
+    def metrics(self) -> list[str]:
+        return [str(name) for name in self.values.columns if name not in KEYS]
+
+    def of(self, condition: str, metric: str) -> pd.Series:
+        """The metric under a condition, by user id; users without a value are left out."""
+        rows = self.values[self.values["condition"] == condition]
+        return rows.set_index("user_id")[metric].astype("float64").dropna()
+
+
+def compare(a: Path, b: Path, metrics: Sequence[str] = (), seed: int = 0, samples: int = 10_000) -> list[dict[str, Any]]:
+    """Compares two folders on every protocol, condition and metric that both have; where each has one condition only, these two.
+
+    Args:
+        a, b: run folders; differences are a - b.
+        metrics: names of columns; none: ndcg@10, or else ndcg@5, whichever both have.
+        seed, samples: of the paired bootstrap.
+
+    Returns:
+        A row for each: protocol, candidates_hash, a and b (conditions), metric, mean_a and mean_b over the users in both, difference,
+        low, high, p_value, users (see `significance.Comparison`), wilcoxon_p_value, only_a and only_b (users with a value in one folder),
+        and p_value_holm and wilcoxon_p_value_holm, each corrected over all rows.
+
+    Raises:
+        InputError: a folder has no evaluation, the candidates differ, or nothing can be compared.
+    """
+    left, right = evaluations(a), evaluations(b)
+    protocols = [name for name in left if name in right]
+    if not protocols:
+        raise InputError(f"{a} and {b}", f"one has {_listed(left)}, the other {_listed(right)}", "Evaluate both under the same protocol")
+    for name in protocols:
+        _refuse_other_candidates(left[name], right[name])
+    rows = []
+    for metric in _shared_metrics([(left[name], right[name]) for name in protocols], metrics):
+        for name in protocols:
+            rows += [{"protocol": name, **row} for row in _rows(left[name], right[name], metric, seed, samples)]
+    for p_value in ("p_value", "wilcoxon_p_value"):
+        for row, corrected in zip(rows, holm([row[p_value] for row in rows]), strict=True):
+            row[f"{p_value}_holm"] = corrected
+    return rows
+
+
+def evaluations(folder: Path) -> dict[str, Evaluation]:
+    """The evaluations of a run folder by protocol.
+
+    Raises:
+        InputError: there is none, or a file is damaged or lacks a column or the hash.
+    """
+    root = folder / "evaluation"
+    found = {file.parent.name: _read(file, "summary.json", "candidates_hash") for file in sorted(root.glob("*/per_user.parquet"))}
+    if (root / "per_user.parquet").exists():
+        found["lists"] = _read(root / "per_user.parquet", "results.json", "lists_hash")
+    if not found:
+        raise missing(root / "per_user.parquet")
+    return found
+
+
+def _read(file: Path, summary: str, key: str) -> Evaluation:
+    values = read_parquet(file).to_pandas()
+    absent = [name for name in KEYS if name not in values]
+    if absent:
+        raise corrupted(file, KeyError(*absent))
+    if values.duplicated(KEYS).any():
+        user = values[values.duplicated(KEYS)].iloc[0]
+        cause = f"user {user['user_id']!r} has a second row under {user['condition']!r}"
+        raise InputError(str(file), cause, "Keep one row for each user and condition")
+    hashed = read_json(file.parent / summary)
+    if key not in hashed:
+        raise corrupted(file.parent / summary, KeyError(key))
+    return Evaluation(file, values, hashed[key])
+
+
+def _refuse_other_candidates(a: Evaluation, b: Evaluation) -> None:
+    if a.candidates_hash != b.candidates_hash:
+        cause = f"the candidates are others ({a.candidates_hash} and {b.candidates_hash})"
+        raise InputError(f"{a.file} and {b.file}", cause, "Compare only runs that ranked the same candidates of the same data")
+
+
+def _shared_metrics(pairs: list[tuple[Evaluation, Evaluation]], wanted: Sequence[str]) -> list[str]:
+    shared = {metric for a, b in pairs for metric in a.metrics if metric in b.metrics}
+    chosen = list(dict.fromkeys(wanted)) or [metric for metric in DEFAULT_METRICS if metric in shared][:1]
+    unknown = [metric for metric in chosen if metric not in shared]
+    if unknown or not chosen:
+        cause = f"not both have {' or '.join(unknown or DEFAULT_METRICS)}"
+        raise InputError(f"{pairs[0][0].file} and {pairs[0][1].file}", cause, f"Give --metric one of: {_listed(shared)}")
+    return chosen
+
+
+def _conditions(a: Evaluation, b: Evaluation) -> list[tuple[str, str]]:
+    left, right = (list(dict.fromkeys(of.values["condition"])) for of in (a, b))
+    shared = [(name, name) for name in left if name in right]
+    if shared or len(left) == len(right) == 1:
+        return shared or [(left[0], right[0])]
+    cause = f"no condition is in both: {_listed(left)} against {_listed(right)}"
+    raise InputError(f"{a.file} and {b.file}", cause, "Compare folders with a condition of the same name, or of one condition each")
+
+
+def _rows(a: Evaluation, b: Evaluation, metric: str, seed: int, samples: int) -> list[dict[str, Any]]:
+    if metric not in a.metrics or metric not in b.metrics:  # another protocol has it
+        return []
+    return [_row(a, b, pair, metric, seed, samples) for pair in _conditions(a, b)]
+
+
+def _row(a: Evaluation, b: Evaluation, conditions: tuple[str, str], metric: str, seed: int, samples: int) -> dict[str, Any]:
+    left, right = a.of(conditions[0], metric), b.of(conditions[1], metric)
+    x, y = left.align(right, join="inner")
+    x, y = x.sort_index(), y.sort_index()  # the order of rows in a file does not matter
+    first, second = torch.tensor(x.to_numpy()), torch.tensor(y.to_numpy())
+    return {
+        "candidates_hash": a.candidates_hash,
+        "a": conditions[0],
+        "b": conditions[1],
+        "metric": metric,
+        "mean_a": float(x.mean()),
+        "mean_b": float(y.mean()),
+        **asdict(paired_bootstrap(first, second, seed, samples)),
+        "wilcoxon_p_value": wilcoxon(first, second),
+        "only_a": len(left) - len(x),
+        "only_b": len(right) - len(y),
+    }
+
+
+def _listed(names: Sequence[str] | dict[str, Any] | set[str]) -> str:
+    return ", ".join(sorted(names)) or "nothing"

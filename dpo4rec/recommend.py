@@ -1,0 +1,131 @@
+"""Recommenders fitted and measured for their own sake, in a run folder: on the whole catalogue, retrieved candidates, frozen lists.
+
+A fit is a folder `recommenders/<name>` with one model a seed; what it was told is in its `fit.json`. Its protocol follows from it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+
+from dpo4rec import files
+from dpo4rec.data.retrieved import CANDIDATES, prepare_retrieved, read_candidates
+from dpo4rec.data.sequences import prepare_sequences
+from dpo4rec.data.sources import source_files
+from dpo4rec.driver import Report, Run, into
+from dpo4rec.errors import InputError
+from dpo4rec.files import stable_seed
+from dpo4rec.fits import FitFolder, FitOptions, Protocol
+from dpo4rec.knowledge.encoders import EncoderWorkerConfig
+from dpo4rec.knowledge.user_texts import encode_texts, read_user_texts
+from dpo4rec.ranking import candidates_of
+from dpo4rec.recommenders.fitter import FitJob, Fitter, FitterConfig, job_unit
+from dpo4rec.recommenders.sequential_fitter import SequentialFitter, SequentialFitterConfig, SequentialJob
+from dpo4rec.settings import Settings
+
+
+class Recommenders:
+    """Fits of a run folder.
+
+    Args:
+        run: the opened run; `evaluation.seeds` of its configuration says how many models a fit makes.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.config, self.folder = run, run.config, run.folder
+
+    def fit(self, options: FitOptions) -> Report:
+        """Fits `evaluation.seeds` models and returns what each reported. Every step is a stage of the run folder.
+
+        Raises:
+            InputError: data, candidates or texts cannot be used.
+        """
+        data = self.data_of(options.protocol)
+        fit = FitFolder(self.folder / "recommenders" / options.name)
+        files.write_json(options.model_dump(mode="json"), fit.path / "fit.json")
+        inputs = [data, *self._encoded(options, fit.path / "texts", data)]
+        out = fit.path / "models"
+        worker, config, jobs = self._jobs(fit, data, out)
+
+        def work() -> Report:
+            self.run.map(f"{options.name} (fit)", worker, config, [job_unit(Path(job.out).name, job) for job in jobs], out / "fits")
+            return {"fits": files.read_parquet(out / "fits").to_pylist()}
+
+        settings = {**options.model_dump(mode="json"), "seeds": len(jobs), **self.run.pool_settings()}
+        return self.run.stage(f"recommenders/{options.name}/fit", settings, inputs, [out], work)
+
+    def fits(self) -> list[FitFolder]:
+        """All finished fits of the run folder, by name."""
+        found = [FitFolder(file.parent) for file in sorted((self.folder / "recommenders").glob("*/fit.json"))]
+        return [fit for fit in found if fit.seeds()]
+
+    def data_of(self, protocol: Protocol) -> Path:
+        """The folder of the protocol's data, made by its stages if need be."""
+        if protocol == "frozen":
+            self.run.prepare_data()
+            return self.folder / "data"
+        self._sequences()
+        if protocol == "retrieved":
+            self._retrieved()
+            return self.folder / "retrieved"
+        return self.folder / "sequences"
+
+    def _sequences(self) -> None:
+        config, out = self.config, self.folder / "sequences"
+        self.run.stage(
+            "sequences",
+            {"data": config.data.model_dump(mode="json"), **config.sequences.model_dump()},
+            source_files(config.data),
+            [out],
+            lambda: into(out, lambda folder: prepare_sequences(config.data, config.sequences, config.seed, folder)),
+        )
+
+    def _retrieved(self) -> None:
+        config, out, sequences = self.config, self.folder / "retrieved", self.folder / "sequences"
+        if config.retrieved.file is not None:
+            inputs = [Path(config.retrieved.file).expanduser()]
+        else:
+            retriever = FitFolder(self.folder / "recommenders" / (config.retrieved.retriever or "sasrec"))
+            if not retriever.seeds():
+                cause = f"there is no fitted model of the next item named {retriever.path.name!r} in {self.folder.path}"
+                raise InputError("retrieved.retriever", cause, "Run `dpo4rec fit R --model sasrec` first, or set retrieved.file")
+            inputs = [retriever.seeds()[0]]
+
+        def work(folder: Path) -> Report:
+            given = config.retrieved.file is not None
+            table = read_candidates(config.retrieved) if given else candidates_of(retriever, sequences, config.retrieved.length)
+            return prepare_retrieved(sequences, table.cast(CANDIDATES), config.retrieved, config.data, config.seed, folder)
+
+        settings = {**config.retrieved.model_dump(), "data": config.data.model_dump(mode="json")}
+        self.run.stage("retrieved", settings, [sequences, *inputs], [out], lambda: into(out, work))
+
+    def _encoded(self, options: FitOptions, folder: Path, data: Path) -> list[Path]:
+        """Makes the text vectors that the fit reads; the folder, or nothing where none are read."""
+        if not (options.reads_user_text or options.reads_item_text):
+            return []
+        paths = [Path(text).expanduser() for text in options.texts]
+        encoder = EncoderWorkerConfig(
+            encoder=self.config.encoder, folder=str(folder), language_model=self.config.llm, source=self.run.policy(0).source
+        )
+
+        def work() -> Report:
+            texts = read_user_texts(paths) if paths else None
+            known = files.read_parquet(data / ("sequences.parquet" if options.sequential else "users.parquet"))
+            learners = known if options.sequential else known.filter(pc.equal(known["split"], "train"))
+            of_ours = None if texts is None else texts.filter(pc.is_in(texts["user_id"], known["user_id"].combine_chunks()))
+            return encode_texts(encoder, files.read_parquet(data / "items.parquet"), of_ours, learners["user_id"].to_pylist())
+
+        self.run.stage(f"recommenders/{options.name}/texts", self.config.encoder, [data / "items.parquet", *paths], [folder], work)
+        return [folder]
+
+    def _jobs(self, fit: FitFolder, data: Path, out: Path) -> tuple[type, Settings, list[Any]]:
+        """The worker, what its jobs share, and one job a seed."""
+        options = fit.options
+        seeds = [(str(out / f"seed-{seed}"), stable_seed(self.config.seed, "judge", seed)) for seed in range(self.config.evaluation.seeds)]
+        if options.sequential:
+            shared = SequentialFitterConfig(sequences=str(data), texts=str(fit.texts) if fit.texts else None)
+            jobs = [SequentialJob(out=path, model=options.model, config=options.sequential, seed=seed) for path, seed in seeds]
+            return SequentialFitter, shared, jobs
+        of_users = [str(fit.user_texts)] if fit.user_texts else []
+        fitter = FitterConfig(data=str(data), item_vectors=str(fit.item_texts) if fit.item_texts else None)
+        return Fitter, fitter, [FitJob(out=path, recommender=options.recommender, seed=seed, texts=of_users) for path, seed in seeds]

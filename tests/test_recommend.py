@@ -1,0 +1,170 @@
+"""Recommenders fitted and measured for their own sake: the commands of docs/recommenders.md, protocols, texts, resuming."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from dpo4rec.cli import app
+from dpo4rec.data.retrieved import RetrievedConfig, prepare_retrieved
+from dpo4rec.errors import InputError
+from dpo4rec.files import read_json, read_parquet, write_parquet
+
+PAGE = Path(__file__).parents[1] / "docs" / "recommenders.md"
+SMALL = {
+    "data": {
+        "simulation": {"users": 150, "items": 200, "interactions_per_user": 30},
+        "max_lists_per_user": 2,
+        "validation_share": 0.2,
+        "test_share": 0.2,
+        "history_length": 10,
+    },
+    "sequential": {"epochs": 2, "embedding_dim": 8, "max_length": 20},
+    "recommender": {"epochs": 1, "embedding_dim": 8, "hidden_dim": 16, "expert_hidden_dim": 16},
+    "encoder": {"dimensions": 16},
+    "evaluation": {"seeds": 2, "bootstrap_samples": 200},
+    "retrieved": {"length": 20},
+}
+
+
+def call(*words: str, status: int = 0) -> str:
+    done = CliRunner().invoke(app, list(words))
+    assert done.exit_code == status, done.output
+    return done.output
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the page's commands were executed, twice with another seed: R and R2."""
+    here = tmp_path_factory.mktemp("recommend")
+    (here / "mine.yaml").write_text(yaml.safe_dump(SMALL))
+    commands = re.findall(r"^\$ (dpo4rec .*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(commands) == 7
+    call("fit", str(here / "R2"), "--config", str(here / "mine.yaml"), "--model", "sasrec", "--set", "sequential.layers=1")
+    users = read_parquet(here / "R2" / "sequences" / "sequences.parquet")["user_id"].to_pylist()
+    rows = "\n".join(f'{{"user_id": "{user}", "text": "likes comedy and drama {n % 5}"}}' for n, user in enumerate(users))
+    (here / "profiles.jsonl").write_text(rows)
+    call("evaluate", str(here / "R2"))
+    for command in commands:
+        words = [str(here / word) if word in ("R", "R2", "mine.yaml", "profiles.jsonl") else word for word in shlex.split(command)[1:]]
+        call(*words)
+    return here
+
+
+def test_every_protocol_has_its_table_and_files(folder: Path) -> None:
+    expected = {
+        "catalogue": {"popularity", "sasrec", "gru4rec"},
+        "retrieved": {"retriever's order", "popularity", "random", "mir"},
+        "frozen": {"popularity", "random", "prm-history", "prm-text"},
+    }
+    for protocol, conditions in expected.items():
+        out = folder / "R" / "evaluation" / protocol
+        summary = read_json(out / "summary.json")
+        assert set(summary["metrics"]) == conditions
+        assert summary["candidates_hash"]
+        values = read_parquet(out / "per_user.parquet").to_pandas()
+        assert set(values["condition"]) == conditions
+        for condition, of in summary["metrics"].items():
+            mean = values[values["condition"] == condition]["ndcg@10"].mean()
+            assert mean == pytest.approx(of["ndcg@10"], abs=1e-6)
+        assert {row["b"] for row in summary["comparisons"]} == {next(iter(summary["metrics"]))}
+    assert read_json(folder / "R" / "retrieved" / "summary.json")["ranked"] is True
+
+
+def test_exported_rankings_give_the_same_metric(folder: Path) -> None:
+    ir_measures = pytest.importorskip("ir_measures")
+    for protocol, run in (("catalogue", "popularity"), ("retrieved", "retrievers-order"), ("frozen", "popularity")):
+        out = folder / "R" / "evaluation" / protocol
+        qrels = list(ir_measures.read_trec_qrels(str(out / "qrels")))
+        found = {}
+        for metric in ir_measures.iter_calc([ir_measures.nDCG @ 10], qrels, ir_measures.read_trec_run(str(out / f"{run}.run"))):
+            found.setdefault(metric.query_id.split("#")[0], []).append(metric.value)
+        values = read_parquet(out / "per_user.parquet").to_pandas()
+        name = "retriever's order" if run.startswith("retriever") else run
+        ours = values[values["condition"] == name].set_index("user_id")["ndcg@10"]
+        for user, of in found.items():
+            assert sum(of) / len(of) == pytest.approx(ours[user], abs=1e-6)
+        assert found
+
+
+def test_a_finished_fit_is_skipped_and_another_name_is_not(folder: Path) -> None:
+    before = read_json(folder / "R" / "manifest.json")["stages"]["recommenders/sasrec/fit"]
+    call("fit", str(folder / "R"), "--model", "sasrec")
+    assert read_json(folder / "R" / "manifest.json")["stages"]["recommenders/sasrec/fit"] == before
+
+
+def test_the_retrieved_lists_are_the_retrievers(folder: Path) -> None:
+    lists = read_parquet(folder / "R" / "retrieved" / "lists.parquet").to_pylist()
+    sequences = {row["user_id"]: row for row in read_parquet(folder / "R" / "sequences" / "sequences.parquet").to_pylist()}
+    for row in lists:
+        items = sequences[row["user_id"]]["item_ids"]
+        assert not set(row["candidates"]) & set(items[:-1])
+        assert row["labels"] == [int(item == items[-1]) for item in row["candidates"]]
+
+
+def test_a_file_of_candidates(folder: Path, tmp_path: Path) -> None:
+    from dpo4rec.data.config import DataConfig, SimulationConfig
+
+    sequences = folder / "R" / "sequences"
+    items = read_parquet(sequences / "items.parquet")["item_id"].to_pylist()
+    users = read_parquet(sequences / "sequences.parquet").to_pylist()
+    held = {row["user_id"]: row["item_ids"][-1] for row in users}
+    given = [{"user_id": user, "candidates": [item for item in items if item != target][:12]} for user, target in held.items()]
+    table, data = pa.Table.from_pylist(given), DataConfig(simulation=SimulationConfig(users=150, items=200, interactions_per_user=30))
+    config = RetrievedConfig(file="x", length=12, add_held_out=True)
+    summary = prepare_retrieved(sequences, table, config, data, 0, tmp_path / "added")
+    assert summary["share_with_target"] == 1
+    assert summary["ranked"] is False
+    summary = prepare_retrieved(sequences, table, RetrievedConfig(file="x", length=12), data, 0, tmp_path / "as-given")
+    assert summary["share_with_target"] == 0
+    for change, cause in [
+        ({"user_id": "nobody"}, "not in the data"),
+        ({"candidates": items[:5]}, "different candidates"),
+        ({"candidates": [*items[:11], "nothing"]}, "not an item"),
+    ]:
+        wrong = pa.Table.from_pylist([{**given[0], **change}, *given[1:]])
+        with pytest.raises(InputError, match=cause):
+            prepare_retrieved(sequences, wrong, RetrievedConfig(file="x", length=12), data, 0, tmp_path / "wrong")
+
+
+@pytest.mark.parametrize(
+    ("words", "cause"),
+    [
+        (["--model", "sasrec", "--lists", "frozen"], "whole catalogue"),
+        (["--model", "bert"], "model"),
+        (["--model", "sasrec", "--set", "recommender.epochs=2"], "does not read it"),
+        (["--model", "prm", "--set", "recommender.epoch=2"], "epochs"),
+        (["--model", "prm"], "user texts are read but not given"),
+        (["--model", "mir", "--texts", "profiles.jsonl", "--set", "recommender.user_signal=text"], "history"),
+        (["--texts", "profiles.jsonl"], "--model"),
+        (["--model", "prm", "--round", "1"], "--round"),
+        (["--model", "sasrec", "--name", "../up"], "no file name"),
+        (["--model", "sasrec", "--set", "sequences.split=global-time"], "another value"),
+    ],
+)
+def test_what_cannot_work_is_refused(folder: Path, words: list[str], cause: str) -> None:
+    assert cause in call("fit", str(folder / "R"), *words, status=2)
+
+
+def test_a_user_without_text_is_named(folder: Path, tmp_path: Path) -> None:
+    lines = (folder / "profiles.jsonl").read_text().splitlines()
+    (tmp_path / "some.jsonl").write_text("\n".join(lines[:-5]))
+    said = call("fit", str(folder / "R"), "--model", "prm", "--name", "short", "--texts", str(tmp_path / "some.jsonl"), status=2)
+    assert "no text" in said
+    (tmp_path / "wrong.jsonl").write_text('{"user_id": "u1", "text": 3}')
+    said = call("fit", str(folder / "R"), "--model", "prm", "--name", "wrong", "--texts", str(tmp_path / "wrong.jsonl"), status=2)
+    assert "line 1" in said
+    write_parquet(pa.table({"user": ["a"]}), tmp_path / "wrong.parquet")
+    said = call("fit", str(folder / "R"), "--model", "prm", "--name", "wrong", "--texts", str(tmp_path / "wrong.parquet"), status=2)
+    assert "no column 'user_id'" in said
+
+
+def test_recbole_reads_what_is_written(folder: Path, tmp_path: Path) -> None:
+    call("atomic", str(folder / "R"), str(tmp_path / "recbole"), "--name", "mine")
+    lines = (tmp_path / "recbole" / "mine" / "mine.inter").read_text(encoding="utf-8").splitlines()
+    assert lines[0].split("\t") == ["user_id:token", "item_id:token", "rating:float", "timestamp:float"]
+    assert len(lines) == 1 + len(read_parquet(folder / "R" / "data" / "interactions.parquet"))
