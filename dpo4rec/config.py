@@ -73,7 +73,7 @@ class Config(Settings):
             raise ValueError("recommender.user_signal must hold text (text or history+text): it is what rewards texts")
         if self.recommender.model == "mir":
             raise ValueError(
-                "recommender.model=mir always reads the history, so rounds would have no control without it: use prm, dlcm or setrank here; "
+                "recommender.model=mir always reads the history, so rounds would have no control without it: use prm, dlcm or setrank; "
                 "`dpo4rec fit R --model mir` fits it for its own sake"
             )
         if self.reward.kind == "log_likelihood" and self.recommender.loss == "softmax":

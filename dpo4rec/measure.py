@@ -53,16 +53,18 @@ class Measurement:
             padded = torch.cat([item_vectors.new_zeros(1, item_vectors.shape[1]), item_vectors])
             conditions: list[tuple[str, Iterable[Ranking]]] = [(name, [ranking]) for name, ranking in source.controls()]
             conditions += [(fit.options.name, source.rankings(fit)) for fit in fits]
-            values, summary = {}, {}
+            values, means, deviations = {}, {}, {}
             for name, rankings in conditions:
-                values[name], summary[name] = _values(source, self._exported(name, source, rankings, protocol), padded)
+                exported = self._exported(name, source, rankings, protocol)
+                values[name], means[name], deviations[name] = _values(source, exported, padded)
             write_qrels(((topic, source.relevant_items(place)) for place, topic in enumerate(source.topics)), out / "qrels")
             self._write_per_user(values, source, protocol)
             report = {
                 "candidates_hash": source.hash,
                 "users": len(set(source.users.tolist())),
                 "seeds": {fit.options.name: len(fit.seeds()) for fit in fits},
-                "metrics": summary,
+                "metrics": means,
+                "deviations": deviations,
                 "comparisons": self._comparisons(values),
                 **_cold(files.read_json(data / "summary.json")),
             }
@@ -123,8 +125,12 @@ class Measurement:
         files.write_parquet(pa.concat_tables(tables), self.folder / protocol / "per_user.parquet")
 
 
-def _values(source: Catalogue | Lists, rankings: Iterable[Ranking], item_vectors: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Per-user values [U] of every metric, and the means over users together with the metrics of all lists at once."""
+def _values(
+    source: Catalogue | Lists, rankings: Iterable[Ranking], item_vectors: Tensor
+) -> tuple[dict[str, Tensor], dict[str, float], dict[str, float]]:
+    """Per-user values [U] of every metric; their means over users, with the metrics of all lists at once; and the standard deviations
+    over seeds (and texts) of those means, of a single seed none.
+    """
     totals: dict[str, list[Tensor]] = {}
     together: dict[str, list[float]] = {}
     for ranking in rankings:
@@ -137,8 +143,8 @@ def _values(source: Catalogue | Lists, rankings: Iterable[Ranking], item_vectors
     users = len(source.data.user_ids)
     values = {name: per_user(torch.stack(of).mean(0), source.users, users) for name, of in totals.items()}
     means = {name: float(value.nanmean()) for name, value in values.items()}
-    deviations = {f"{COMPARED} over seeds": _deviation(totals[COMPARED], source.users, users)} if len(totals[COMPARED]) > 1 else {}
-    return values, means | {name: sum(of) / len(of) for name, of in together.items()} | deviations
+    deviations = {name: _deviation(of, source.users, users) for name, of in totals.items() if len(of) > 1}
+    return values, means | {name: sum(of) / len(of) for name, of in together.items()}, deviations
 
 
 def _deviation(of_seeds: Sequence[Tensor], users: Tensor, count: int) -> float:
