@@ -28,7 +28,7 @@ MODELS = ("prm", "dlcm", "setrank", "mir")
 METRIC = {"frozen": "ndcg@5", "retrieved": "ndcg@10"}
 SETTINGS = {
     "frozen": [],
-    "retrieved": [f"recommender.{s}" for s in ("loss=softmax", "selection_cutoff=10", "epochs=10", "batch_size=32", "learning_rate=1e-3")],
+    "retrieved": [f"recommender.{s}" for s in ("loss=softmax", "selection_cutoff=10", "epochs=6", "batch_size=32", "learning_rate=1e-3")],
 }
 SIGNALS = {
     "none": ("none", False, None),

@@ -45,6 +45,12 @@ class EvaluationConfig(Settings):
     seeds: PositiveInt = 5
     """Recommenders a condition; metrics are averaged over them."""
     bootstrap_samples: PositiveInt = 10_000
+    more_cutoffs: list[PositiveInt] = []
+    """Values of k for every metric, beside the usual ones of a table."""
+
+    def cutoffs(self, usual: tuple[int, ...]) -> list[int]:
+        """The usual values of k and those asked for, ascending."""
+        return sorted({*usual, *self.more_cutoffs})
 
 
 class Config(Settings):
@@ -71,6 +77,11 @@ class Config(Settings):
     def _parts_agree(self) -> "Config":
         if not self.recommender.reads_user_text:
             raise ValueError("recommender.user_signal must hold text (text or history+text): it is what rewards texts")
+        if self.prompt.item_request is not None and self.llm.built_in:
+            raise ValueError(
+                "prompt.item_request asks for item texts, and the built-in model has learned to write users' alone: use another llm.name, "
+                "or give texts by data.item_texts"
+            )
         if self.recommender.model == "mir":
             raise ValueError(
                 "recommender.model=mir always reads the history, so rounds would have no control without it: use prm, dlcm or setrank; "

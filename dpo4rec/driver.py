@@ -22,7 +22,7 @@ from dpo4rec.knowledge.encoders import Encoder, EncoderWorkerConfig, TfidfEncode
 from dpo4rec.knowledge.facts import Catalogue, facts
 from dpo4rec.knowledge.form import Form, grounded_share
 from dpo4rec.knowledge.language_model import load_tokenizer
-from dpo4rec.knowledge.prompts import prompt_table
+from dpo4rec.knowledge.prompts import item_prompt_table, prompt_table
 from dpo4rec.knowledge.sampling import Sampler, SamplerConfig
 from dpo4rec.knowledge.tiny import warm_up
 from dpo4rec.preference.agreement import rank_correlation
@@ -92,7 +92,24 @@ class Run:
             [prompts.parent],
             lambda: self._prompts(prompts),
         )
+        if config.prompt.item_request is not None:
+            self._write_item_texts(config.prompt.item_request)
         return summary
+
+    def _write_item_texts(self, request: str) -> Report:
+        """One text for each item by the untuned model: KAR's item-factual knowledge."""
+        config, out = self.config, self.folder / "item_texts"
+        sampler = self._sampler("item_texts", self.policy(0), config.sampling.decoding, 1)
+
+        def work() -> Report:
+            tokenizer = load_tokenizer(config.llm, self.policy(0).source)
+            prompts = item_prompt_table(request, read_parquet(self.folder / "data" / "items.parquet"), tokenizer)
+            self.map("item-texts", Sampler, sampler, cut(prompts, config.sampling.users_per_unit), out)
+            texts = read_parquet(out)
+            return {"texts": len(texts), "unfinished": len(texts) - pc.sum(texts["finished"].cast(pa.int64())).as_py()}
+
+        settings = {"request": request, **sampler.model_dump(exclude={"source", "adapter"}), **self.pool_settings()}
+        return self.stage("item-texts", settings, [self.folder / "data", *self.policy(0).files], [out], work)
 
     def prepare_data(self) -> Report:
         """The source's files, brought into one schema, split and cut into lists."""
@@ -229,16 +246,7 @@ class Run:
     def texts(self, name: str, policy: Policy, splits: list[str], decoding: Decoding, samples: int) -> Report:
         """Samples texts for the users of `splits` into `<name>/samples`."""
         config, out = self.config, self.folder / name / "samples"
-        sampler = SamplerConfig(
-            language_model=config.llm,
-            source=policy.source,
-            adapter=str(policy.adapter) if policy.adapter else None,
-            decoding=decoding,
-            samples=samples,
-            seed=config.seed,
-            purpose=name,
-        )
-        prompts = self._prompts_of(splits)
+        sampler, prompts = self._sampler(name, policy, decoding, samples), self._prompts_of(splits)
 
         def work() -> Report:
             self.map(
@@ -249,11 +257,23 @@ class Run:
         settings = {**sampler.model_dump(exclude={"source", "adapter"}), "splits": splits, **self.pool_settings()}
         return self.stage(f"{name}/sample", settings, [self.folder / "prompts", *policy.files], [out], work)
 
+    def _sampler(self, purpose: str, policy: Policy, decoding: Decoding, samples: int) -> SamplerConfig:
+        return SamplerConfig(
+            language_model=self.config.llm,
+            source=policy.source,
+            adapter=str(policy.adapter) if policy.adapter else None,
+            decoding=decoding,
+            samples=samples,
+            seed=self.config.seed,
+            purpose=purpose,
+        )
+
     def _encode(self, name: str) -> None:
         """Vectors of the texts in `<name>/samples` into `<name>/vectors`. The first texts of a run also fit the encoder."""
         config, out, folder = self.config, self.folder / name / "vectors", self.folder / "encoder"
         if name == "round-0":
-            self.stage("encoder", config.encoder, [self.folder / "data", self.folder / name / "samples"], [folder], self._fit_encoder)
+            inputs = [self.folder / "data", self.folder / name / "samples", *self._item_texts]
+            self.stage("encoder", config.encoder, inputs, [folder], self._fit_encoder)
 
         def work() -> Report:
             units = [
@@ -281,6 +301,9 @@ class Run:
         """TF-IDF sees the items' texts and the training users' first texts; item vectors are written for every kind of encoder."""
         folder = self.folder / "encoder"
         items = read_parquet(self.folder / "data" / "items.parquet", ["item_id", "text"])
+        for texts in self._item_texts:
+            written = read_parquet(texts)["text"]  # in the order of the items
+            items = items.set_column(1, "text", pc.binary_join_element_wise(items["text"], written, " "))
         if self.config.encoder.kind == "tfidf":
             samples = read_parquet(self.folder / "round-0" / "samples")
             of_training = samples.filter(pc.is_in(samples["user_id"], pa.array(list(self._user_folds))))
@@ -288,6 +311,11 @@ class Run:
         encoded = Encoder(self._encoder)(items)
         files.write_tensors({"item_vectors": files.matrix(encoded["vector"])}, self.item_vectors)
         return {"dimensions": encoded["vector"].type.list_size, "cut_item_texts": pc.sum(encoded["cut"]).as_py()}
+
+    @property
+    def _item_texts(self) -> list[Path]:
+        """Folder of what the model wrote about the items, nothing where it was not asked."""
+        return [self.folder / "item_texts"] if self.config.prompt.item_request is not None else []
 
     @property
     def item_vectors(self) -> Path:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dpo4rec import files
 from dpo4rec.driver import Report, Run
-from dpo4rec.evaluation.metrics import METRICS, per_user
+from dpo4rec.evaluation.metrics import accuracy, per_user, ranked_labels
 from dpo4rec.evaluation.significance import paired_bootstrap
 from dpo4rec.files import stable_seed
 from dpo4rec.recommenders.fitter import FitJob, user_vectors_of
@@ -25,6 +25,7 @@ from dpo4rec.recommenders.scoring import logits_of
 
 POLICIES = ("untuned", "tuned")
 SELECTION_METRIC = "ndcg@5"
+CUTOFFS = (1, 3, 5, 7, 10)
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ class Experiment:
             curves: dict[str, dict[float, float]] = {policy: {} for policy in POLICIES}
             for policy in POLICIES:
                 for temperature in temperatures:
-                    values = self._metrics(Condition(policy, policy, policy), "validation", temperature, [SELECTION_METRIC])
+                    values = self._metrics(Condition(policy, policy, policy), "validation", temperature, [5])
                     curves[policy][temperature] = float(values[SELECTION_METRIC].nanmean())
             chosen = {policy: max(curve, key=lambda t: curve[t]) for policy, curve in curves.items()}
             files.write_json({"chosen": chosen, "validation_ndcg@5": curves}, out)
@@ -148,11 +149,11 @@ class Experiment:
 
     def measure(self) -> Report:
         """The one reading of the test users."""
-        out = self.folder / "results.json"
+        out, cutoffs = self.folder / "results.json", self.config.evaluation.cutoffs(CUTOFFS)
         inputs = [self.run.folder / self._texts(policy, "test", self.temperatures[policy]) / "vectors" for policy in POLICIES]
 
         def work() -> Report:
-            values = {condition.label: self._metrics(condition, "test", None, list(METRICS)) for condition in CONDITIONS}
+            values = {condition.label: self._metrics(condition, "test", None, cutoffs) for condition in CONDITIONS}
             self._write_per_user(values)
             samples = {
                 policy: files.read_parquet(self.run.folder / self._texts(policy, "test", self.temperatures[policy]) / "samples")
@@ -180,16 +181,16 @@ class Experiment:
     def temperatures(self) -> dict[str, float]:
         return files.read_json(self.folder / "temperatures.json")["chosen"]
 
-    def _metrics(self, condition: Condition, split: str, temperature: float | None, names: list[str]) -> dict[str, Tensor]:
-        """Per-user values [U] of each metric, NaN for users of other splits."""
+    def _metrics(self, condition: Condition, split: str, temperature: float | None, cutoffs: list[int]) -> dict[str, Tensor]:
+        """Per-user values [U] of each metric at each cutoff, NaN for users of other splits."""
         data = self._data
         users = data.users_of(split)
         lists = data.lists_of(users)
         labels, owners = data.labels[lists], data.list_users[lists]
-        totals: dict[str, list[Tensor]] = {name: [] for name in names}
+        totals: dict[str, list[Tensor]] = {}
         for logits in self._logits(condition, split, temperature, lists, owners):
-            for name in names:
-                totals[name].append(METRICS[name](logits, labels))
+            for name, value in accuracy(ranked_labels(logits, labels), labels.sum(1), cutoffs).items():
+                totals.setdefault(name, []).append(value)
         return {name: per_user(torch.stack(of).mean(0), owners, len(data.user_ids)) for name, of in totals.items()}
 
     def _logits(self, condition: Condition, split: str, temperature: float | None, lists: Tensor, owners: Tensor) -> Any:

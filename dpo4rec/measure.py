@@ -20,7 +20,7 @@ from dpo4rec.files import stable_seed
 from dpo4rec.fits import PROTOCOLS, FitFolder, Protocol
 from dpo4rec.knowledge.encoders import EncoderWorkerConfig
 from dpo4rec.knowledge.user_texts import encode_texts
-from dpo4rec.ranking import Catalogue, Lists, Ranking
+from dpo4rec.ranking import DEPTH, Catalogue, Lists, Ranking
 from dpo4rec.recommend import Recommenders
 
 BEYOND_CUTOFF = 10
@@ -48,7 +48,9 @@ class Measurement:
         vectors = self._item_vectors(protocol)
 
         def work() -> Report:
-            source = Catalogue(data) if protocol == "catalogue" else Lists(data)
+            more = self.run.config.evaluation.more_cutoffs
+            source = Catalogue(data, max([DEPTH, *more])) if protocol == "catalogue" else Lists(data)
+            cutoffs = self.run.config.evaluation.cutoffs(source.cutoffs)
             item_vectors = files.read_tensors(vectors / "item_vectors.safetensors")["item_vectors"]
             padded = torch.cat([item_vectors.new_zeros(1, item_vectors.shape[1]), item_vectors])
             conditions: list[tuple[str, Iterable[Ranking]]] = [(name, [ranking]) for name, ranking in source.controls()]
@@ -56,7 +58,7 @@ class Measurement:
             values, means, deviations = {}, {}, {}
             for name, rankings in conditions:
                 exported = self._exported(name, source, rankings, protocol)
-                values[name], means[name], deviations[name] = _values(source, exported, padded)
+                values[name], means[name], deviations[name] = _values(source, exported, padded, cutoffs)
             write_qrels(((topic, source.relevant_items(place)) for place, topic in enumerate(source.topics)), out / "qrels")
             self._write_per_user(values, source, protocol)
             report = {
@@ -71,7 +73,7 @@ class Measurement:
             files.write_json(report, out / "summary.json")
             return {"file": f"evaluation/{protocol}/summary.json"}
 
-        settings = {"fits": [fit.options.model_dump(mode="json") for fit in fits], "samples": self.run.config.evaluation.bootstrap_samples}
+        settings = {"fits": [fit.options.model_dump(mode="json") for fit in fits], "evaluation": self.run.config.evaluation.model_dump()}
         inputs = [data, vectors, *(fit.path / "models" for fit in fits)]
         self.run.stage(f"evaluation/{protocol}", settings, inputs, [out], work)
         return files.read_json(out / "summary.json")
@@ -126,7 +128,7 @@ class Measurement:
 
 
 def _values(
-    source: Catalogue | Lists, rankings: Iterable[Ranking], item_vectors: Tensor
+    source: Catalogue | Lists, rankings: Iterable[Ranking], item_vectors: Tensor, cutoffs: list[int]
 ) -> tuple[dict[str, Tensor], dict[str, float], dict[str, float]]:
     """Per-user values [U] of every metric; their means over users, with the metrics of all lists at once; and the standard deviations
     over seeds (and texts) of those means, of a single seed none.
@@ -134,7 +136,7 @@ def _values(
     totals: dict[str, list[Tensor]] = {}
     together: dict[str, list[float]] = {}
     for ranking in rankings:
-        found = accuracy(ranking.hits, source.relevant, source.cutoffs)
+        found = accuracy(ranking.hits, source.relevant, cutoffs)
         lists, whole = beyond_accuracy(ranking.items, source.popularity, source.histories, item_vectors, [BEYOND_CUTOFF], source.learners)
         for name, value in (found | lists).items():
             totals.setdefault(name, []).append(value)

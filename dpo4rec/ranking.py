@@ -24,7 +24,7 @@ from dpo4rec.recommenders.sequences import SequenceData
 from dpo4rec.recommenders.sequential import SequentialConfig, SequentialRecommender
 from dpo4rec.recommenders.sequential_fitter import text_vectors
 
-DEPTH = 100  # ranks of the whole catalogue that are kept
+DEPTH = 100  # ranks of the whole catalogue that a TREC run has
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ class Catalogue:
 
     cutoffs = (1, 5, 10, 20, 50)
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, depth: int = DEPTH) -> None:
+        """`depth` is how many ranks are kept."""
+        self.depth = depth
         self.data = SequenceData.load(folder)
         first, last = self.data.target_range("test")
         self.users = (last > first).nonzero().squeeze(1)
@@ -64,7 +66,7 @@ class Catalogue:
             model = SequentialRecommender.load(seed).bind(self.data, items)
             for text in range(1 if users is None else users.shape[1]):
                 vectors = None if users is None else _present(users[self.users, text], self.topics, fit)
-                found = retrieve(model, self.data, self.users, self.data.validation_ends[self.users], DEPTH, vectors)
+                found = retrieve(model, self.data, self.users, self.data.validation_ends[self.users], self.depth, vectors)
                 yield self._judged(found.items, found.scores)
 
     def controls(self) -> Iterator[tuple[str, Ranking]]:
@@ -76,7 +78,7 @@ class Catalogue:
             scores = self.popularity.float().expand(len(rows), -1).clone()
             scores.scatter_(1, self.data.windows(self.users[rows], ends, longest), -torch.inf)  # padding empties place 0, which is none
             scores[:, 0] = -torch.inf
-            parts.append(scores.topk(min(DEPTH, len(self.item_ids))))
+            parts.append(scores.topk(min(self.depth, len(self.item_ids))))
         yield "popularity", self._judged(torch.cat([p.indices for p in parts]), torch.cat([p.values for p in parts]))
 
     def _judged(self, items: Tensor, scores: Tensor) -> Ranking:

@@ -62,3 +62,10 @@ def test_dry_run_prints_settings_and_stages_and_makes_nothing(tmp_path: Path) ->
     assert resolved["seed"] == 7
     assert "round-1: sample, fit, score, pair, align" in result.output
     assert not (tmp_path / "r").exists()
+
+
+def test_item_texts_want_a_model_that_can_write_them() -> None:
+    with pytest.raises(InputError, match="built-in model"):
+        resolve("quickstart", None, ["prompt.item_request=Introduce {title}"])
+    with pytest.raises(InputError, match="must hold"):
+        resolve("quickstart", None, ["llm.name=some/model", "prompt.item_request=Introduce it"])

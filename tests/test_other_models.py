@@ -39,7 +39,11 @@ def test_a_folder_in_bf16_with_full_weights_and_its_own_encoder(chat_model: Path
         "encoder.max_tokens=8",
         "encoder.dimensions=128",
     ]
+    settings.append("prompt.item_request=Introduce {title} and describe its attributes.")
     run = one_round(tmp_path, micro, *settings, "alignment.weights=full", "alignment.lora_rank=16", "alignment.learning_rate=1.0e-4")
+    items = pq.read_table(tmp_path / "data" / "items.parquet")["item_id"].to_pylist()
+    assert pq.read_table(tmp_path / "item_texts")["user_id"].to_pylist() == items  # one text each, in their order
+    assert run.folder.manifest["stages"]["item-texts"]["report"]["texts"] == len(items)
     prompt = pq.read_table(tmp_path / "prompts").to_pylist()[0]["prompt"]
     assert prompt.startswith("<user>The user rated:")
     assert prompt.endswith("</user><answer>")

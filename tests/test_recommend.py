@@ -26,7 +26,7 @@ SMALL = {
     "sequential": {"epochs": 2, "embedding_dim": 8, "max_length": 20},
     "recommender": {"epochs": 1, "embedding_dim": 8, "hidden_dim": 16, "expert_hidden_dim": 16},
     "encoder": {"dimensions": 16},
-    "evaluation": {"seeds": 2, "bootstrap_samples": 200},
+    "evaluation": {"seeds": 2, "bootstrap_samples": 200, "more_cutoffs": [4]},
     "retrieved": {"length": 20},
 }
 
@@ -69,6 +69,7 @@ def test_every_protocol_has_its_table_and_files(folder: Path) -> None:
         values = read_parquet(out / "per_user.parquet").to_pandas()
         assert set(values["condition"]) == conditions
         for condition, of in summary["metrics"].items():
+            assert 0 <= of["recall@4"] <= of["recall@5"]
             mean = values[values["condition"] == condition]["ndcg@10"].mean()
             assert mean == pytest.approx(of["ndcg@10"], abs=1e-6)
         assert {row["b"] for row in summary["comparisons"]} == {next(iter(summary["metrics"]))}

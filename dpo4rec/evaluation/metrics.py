@@ -7,7 +7,6 @@ as 0). Ties of equal scores are ranked by candidate position (stable sort), whic
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -128,13 +127,6 @@ def log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
     log sigmoid(logit) for a positive, log sigmoid(-logit) otherwise; defined for lists without positives too.
     """
     return F.logsigmoid(torch.where(labels > 0, logits, -logits)).mean(1)
-
-
-CUTOFFS = (1, 3, 5, 7, 10)
-METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    **{f"ndcg@{k}": partial(ndcg, k=k) for k in CUTOFFS},
-    **{f"map@{k}": partial(average_precision, k=k) for k in CUTOFFS},
-}
 
 
 def per_user(values: Tensor, users: Tensor, user_count: int) -> Tensor:

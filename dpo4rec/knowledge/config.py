@@ -87,6 +87,16 @@ class PromptConfig(Settings):
     """The last so many items of the visible history are shown."""
     profile: bool = True
     """Show the user's profile where the data has one."""
+    item_request: str | None = None
+    """What to ask about each item ({title} is its title), once, before the rounds; the answer joins the item's text. KAR asks: "Introduce
+    movie {title} and describe its attributes including but not limited to genre, director, cast, country, character, plot/theme, mood/tone,
+    critical acclaim/award, production quality and soundtrack." (section 3.2.2)"""
+
+    @model_validator(mode="after")
+    def _request_names_the_item(self) -> "PromptConfig":
+        if self.item_request is not None and "{title}" not in self.item_request:
+            raise ValueError("item_request must hold {title}, or it would ask the same about every item")
+        return self
 
 
 class Decoding(Settings):

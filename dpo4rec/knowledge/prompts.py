@@ -38,6 +38,13 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[str,
     return prompt, tokenizer(prompt)["input_ids"]
 
 
+def item_prompt_table(request: str, items: pa.Table, tokenizer: PreTrainedTokenizerBase) -> pa.Table:
+    """Columns user_id (the item's id: the sampler's key) and prompt_ids; one row an item. `request` holds {title}."""
+    titles = [clean(title) for title in items["title"].to_pylist()]
+    ids = [encode_prompt(tokenizer, request.replace("{title}", title))[1] for title in titles]
+    return pa.table({"user_id": items["item_id"], "prompt_ids": pa.array(ids, pa.list_(pa.int32()))})
+
+
 def prompt_table(
     config: PromptConfig, catalogue: Catalogue, users: pa.Table, histories: pa.Table, tokenizer: PreTrainedTokenizerBase
 ) -> pa.Table:
