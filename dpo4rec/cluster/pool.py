@@ -126,7 +126,9 @@ def start_ray(cluster: ClusterConfig) -> None:
             ray.init(log_to_driver=True)
         else:
             ray.init(address="local", num_cpus=max(os.cpu_count() or 1, cluster.workers + 2), include_dashboard=False)
-        ray.data.DataContext.get_current().enable_progress_bars = False
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.execution_no_progress_timeout_s = -1  # Ray gives up after 30 minutes, a fit may take hours
     have = ray.cluster_resources()
     need = {"CPU": cluster.workers + 1.0, "GPU": cluster.workers * cluster.gpus_per_worker}
     for resource, amount in need.items():
