@@ -16,6 +16,11 @@ from dpo4rec.experiment import Experiment
 REAL_DATA = Path(os.environ.get("DPO4REC_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that takes longest comes first, so that with two test processes the other one does the rest meanwhile."""
+    items.sort(key=lambda item: item.path.name != "test_ray_jobs.py")
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Callable[[str], Path]:
     """`real_data("ml-1m")` is the data set's folder; the test is skipped where it is absent."""
