@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dpo4rec import files
@@ -116,18 +117,26 @@ class SequentialFit:
         vectors = None
         if self.user_vectors is not None:
             vectors = self.user_vectors[users, torch.randint(self.user_vectors.shape[1], users.shape)]
-        states = self.model(matrix, sequences[:, :-1], vectors)
-        targets = sequences[sequences > 0] - 1
-        hidden, items = states[sequences > 0], matrix[1:]
-        if self.config.precision == "bf16":
-            hidden, items = hidden.bfloat16(), items.bfloat16()
-        if self.config.loss == "cross-entropy":
-            return cross_entropy(hidden, items, targets)
-        negatives = torch.randint(len(items), (min(self.config.negatives or 1000, len(items) - 1),))
+        if self.config.loss != "cross-entropy":
+            return self._sampled_loss(matrix, sequences, vectors)
+        hidden = self.model(matrix, sequences[:, :-1], vectors)[sequences > 0]
+        return cross_entropy(*self._cast(hidden, matrix[1:]), sequences[sequences > 0] - 1)
+
+    def _sampled_loss(self, matrix: Tensor, sequences: Tensor, vectors: Tensor | None) -> Tensor:
+        """Only the vectors of the batch's items take part, so that no gradient as large as a huge catalogue is made more than once."""
+        catalogue = len(matrix) - 1
+        negatives = 1 + torch.randint(catalogue, (min(self.config.negatives or 1000, catalogue - 1),))
+        codes, places = torch.cat([sequences.flatten(), negatives]).unique(return_inverse=True)
+        rows, at = F.embedding(codes, matrix), places[: sequences.numel()].view_as(sequences)
+        hidden, items = self._cast(self.model(rows, at[:, :-1], vectors)[sequences > 0], rows)
+        targets, others = at[sequences > 0], places[sequences.numel() :]
         if self.config.loss == "sampled-softmax":
-            return sampled_softmax(hidden, items, targets, negatives)
+            return sampled_softmax(hidden, items, targets, others)
         calibration = 0.75 if self.config.calibration is None else self.config.calibration
-        return generalised_bce(hidden, items, targets, negatives, calibration)
+        return generalised_bce(hidden, items, targets, others, catalogue, calibration)
+
+    def _cast(self, hidden: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+        return (hidden.bfloat16(), items.bfloat16()) if self.config.precision == "bf16" else (hidden, items)
 
     def _batches(self) -> list[Tensor]:
         """Users in batches of similar lengths, so that little is padding, in random order."""

@@ -58,15 +58,16 @@ def sampled_softmax(hidden: Tensor, items: Tensor, targets: Tensor, negatives: T
     return F.cross_entropy(torch.cat([positive, scores], 1).float(), targets.new_zeros(len(targets)))
 
 
-def generalised_bce(hidden: Tensor, items: Tensor, targets: Tensor, negatives: Tensor, calibration: float) -> Tensor:
+def generalised_bce(hidden: Tensor, items: Tensor, targets: Tensor, negatives: Tensor, catalogue: int, calibration: float) -> Tensor:
     """gBCE (Petrov and Macdonald, RecSys 2023, equations 11 and 14): BCE whose positive is raised to beta, which undoes the over-confidence
     that sampled negatives cause. beta = a (t (1 - 1/a) + 1/a), a = S / (I - 1); t = 0 is plain BCE, t = 1 gives calibrated probabilities.
 
     Args:
         negatives: uniform draws [S] that the whole batch shares.
+        catalogue: the number of items I that they are drawn from; `items` need only hold those that take part.
         calibration: t in [0, 1].
     """
-    beta = 1 - calibration * (1 - len(negatives) / (len(items) - 1))
+    beta = 1 - calibration * (1 - len(negatives) / (catalogue - 1))
     positive = (hidden * items[targets]).sum(1).float()
     scores = (hidden @ items[negatives].T).float().masked_fill(negatives == targets[:, None], -torch.inf)
     return -(beta * F.logsigmoid(positive) + F.logsigmoid(-scores).sum(1)).mean()
