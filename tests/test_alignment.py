@@ -1,6 +1,8 @@
 """DPO on a table of preference pairs: a tiny Llama in a folder, one process."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pyarrow as pa
 import pytest
 import torch
 from datasets import load_dataset
+from peft import get_peft_model_state_dict
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -19,14 +22,14 @@ from trl import DPOConfig, DPOTrainer
 
 from dpo4rec.alignment.align import align
 from dpo4rec.alignment.config import AlignmentConfig
-from dpo4rec.alignment.objectives import dpo_loss, nll
-from dpo4rec.alignment.pairs import read_pairs, schedule
+from dpo4rec.alignment.pairs import read_preferences
 from dpo4rec.alignment.policy import load_policy
+from dpo4rec.alignment.schedule import cut, schedule, training_steps
 from dpo4rec.errors import InputError
 from dpo4rec.files import stable_seed, write_parquet
 
 LOG_2 = 0.693147
-SETTINGS: dict[str, Any] = {"pairs_per_step": 8, "pairs_per_device": 4, "learning_rate": 5e-3, "checkpoint_every_steps": 3}
+SETTINGS: dict[str, Any] = {"pairs_per_step": 8, "tokens_per_batch": 128, "learning_rate": 5e-3, "checkpoint_every_steps": 3}
 
 
 def make_model(folder: Path) -> Path:
@@ -83,34 +86,51 @@ def plain(model: str, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return run(model, pairs, tmp_path_factory.mktemp("plain") / "adapter", epochs=2)
 
 
-def test_dpo_loss_is_equation_7() -> None:
-    chosen, rejected, reference_chosen, reference_rejected = (torch.tensor([x]) for x in (-3.0, -5.0, -4.0, -4.5))
-    margin = 0.1 * ((-3.0 + 4.0) - (-5.0 + 4.5))
-    assert dpo_loss(chosen, rejected, reference_chosen, reference_rejected, 0.1).item() == pytest.approx(np.log1p(np.exp(-margin)))
-    assert nll(torch.tensor([-6.0]), torch.tensor([4])).item() == 1.5
+TRL: dict[str, dict[str, Any]] = {
+    "sigmoid": {},
+    "robust": {"noise": "epsilon", "epsilon": 0.2},
+    "ipo": {},
+    "hinge": {},
+}
 
 
-def test_losses_are_those_of_trl(model: str, pairs: Path, plain: Path, tmp_path: Path) -> None:
-    """TRL loads the same file unchanged and sees the same rows in the same order."""
-    config = AlignmentConfig(**{**SETTINGS, "epochs": 2})
+@pytest.mark.parametrize("objective", TRL)
+def test_losses_and_adapter_are_those_of_trl(model: str, tmp_path: Path, objective: str) -> None:
+    """TRL loads the same file unchanged and sees the same rows in the same order: 21 steps, no loss and no weight differs."""
+    write_parquet(pa.table(make_rows(56)), tmp_path / "pairs.parquet")
+    settings = {**SETTINGS, "epochs": 3, "learning_rate": 1e-3, "objective": objective, **TRL[objective]}
     torch.manual_seed(stable_seed(0, "adapter"))
-    policy = load_policy(config, model, None, torch.device("cpu"))
-    rows = load_dataset("parquet", data_files=str(pairs), split="train", cache_dir=str(tmp_path / "cache"))
-    rows = rows.select(schedule(len(rows), 8, 2, 0).ravel().tolist()).select_columns(["prompt", "chosen", "rejected"])
+    policy = load_policy(AlignmentConfig(**settings), model, None, torch.device("cpu"))
+    rows = load_dataset("parquet", data_files=str(tmp_path / "pairs.parquet"), split="train", cache_dir=str(tmp_path / "cache"))
+    order = training_steps(read(tmp_path / "pairs.parquet", **settings)[0], AlignmentConfig(**settings), seed=0)
+    rows = rows.select([row for step in order for bin_ in step for row in bin_]).select_columns(["prompt", "chosen", "rejected"])
     arguments = DPOConfig(
-        output_dir=str(tmp_path / "trl"), beta=0.1, per_device_train_batch_size=4, gradient_accumulation_steps=2, num_train_epochs=1,
-        learning_rate=5e-3, warmup_steps=1, max_length=128, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True,
+        output_dir=str(tmp_path / "trl"), beta=0.1, per_device_train_batch_size=8, num_train_epochs=1, loss_type=objective,
+        learning_rate=1e-3, warmup_steps=2, max_length=128, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True,
         use_cpu=True, bf16=False, gradient_checkpointing=False, train_sampling_strategy="sequential", weight_decay=0.0,
+        label_smoothing=settings.get("epsilon", 0.0),
     )  # fmt: skip
     trainer = DPOTrainer(model=policy, args=arguments, train_dataset=rows, processing_class=PreTrainedTokenizerFast.from_pretrained(model))
     trainer.train()
     theirs = [line["loss"] for line in trainer.state.log_history if "grad_norm" in line]
-    assert len(theirs) == 12
-    np.testing.assert_allclose(steps_of(plain)[:10], theirs[:10], atol=1e-4)
+    ours = run(model, tmp_path / "pairs.parquet", tmp_path / "adapter", **settings)
+    np.testing.assert_allclose(steps_of(ours), theirs, atol=1e-4)
+    weights = load_file(ours / "adapter_model.safetensors")
+    for name, tensor in get_peft_model_state_dict(policy).items():
+        torch.testing.assert_close(weights[name], tensor, atol=1e-4, rtol=0)
+
+
+def test_the_example_of_the_docs_runs(model: str, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "alignment.md").read_text()
+    shutil.copytree(model, tmp_path / "models" / "small")
+    shutil.copy(pairs, tmp_path / "pairs.parquet")
+    monkeypatch.chdir(tmp_path)
+    exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], {})
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_it_learns_from_log_2_and_says_what_it_wrote(plain: Path) -> None:
-    assert steps_of(plain, "dpo_loss")[0] == pytest.approx(LOG_2, abs=1e-5)
+    assert steps_of(plain, "preference_loss")[0] == pytest.approx(LOG_2, abs=1e-5)
     assert steps_of(plain)[-1] < 0.67
     assert steps_of(plain, "accuracy")[-1] > 0.8
     summary = json.loads((plain / "summary.json").read_text())
@@ -121,18 +141,18 @@ def test_it_learns_from_log_2_and_says_what_it_wrote(plain: Path) -> None:
         "summary.json",
         "training_log.jsonl",
     }
-    assert [path.name for path in plain.parent.iterdir()] == ["adapter"]  # the checkpoints are gone
+    assert sorted(path.name for path in plain.parent.iterdir()) == [".reference", "adapter"]  # the checkpoints are gone
 
 
-@pytest.mark.parametrize("per_device", [1, 8])
-def test_batch_and_accumulation_do_not_matter(model: str, pairs: Path, plain: Path, tmp_path: Path, per_device: int) -> None:
-    out = run(model, pairs, tmp_path / "a", epochs=2, pairs_per_device=per_device)
+@pytest.mark.parametrize("tokens", [40, 4096])
+def test_batch_and_accumulation_do_not_matter(model: str, pairs: Path, plain: Path, tmp_path: Path, tokens: int) -> None:
+    out = run(model, pairs, tmp_path / "a", epochs=2, tokens_per_batch=tokens)
     np.testing.assert_allclose(steps_of(out), steps_of(plain), atol=1e-5)
 
 
 def test_likelihood_term_is_added(model: str, pairs: Path, tmp_path: Path) -> None:
     out = run(model, pairs, tmp_path / "a", nll_weight=0.5)
-    expected = np.array(steps_of(out, "dpo_loss")) + 0.5 * np.array(steps_of(out, "nll"))
+    expected = np.array(steps_of(out, "preference_loss")) + 0.5 * np.array(steps_of(out, "nll"))
     np.testing.assert_allclose(steps_of(out), expected, rtol=1e-6)
     assert steps_of(out, "nll")[-1] < steps_of(out, "nll")[0]
 
@@ -211,11 +231,14 @@ def test_what_another_job_left_is_not_resumed(model: str, pairs: Path, plain: Pa
     assert (out / "adapter_model.safetensors").read_bytes() == (plain / "adapter_model.safetensors").read_bytes()
 
 
+def read(path: Path, tokenizer: PreTrainedTokenizerFast | None = None, max_tokens: int = 128, **settings: Any) -> Any:
+    return read_preferences(path, tokenizer, 100, max_tokens, AlignmentConfig(**settings))
+
+
 def test_a_file_without_ids_is_tokenized(model: str, pairs: Path, tmp_path: Path) -> None:
     rows = make_rows(45)
     write_parquet(pa.table({name: rows[name] for name in ("prompt", "chosen", "rejected")}), tmp_path / "texts.parquet")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
-    assert read_pairs(tmp_path / "texts.parquet", tokenizer, 100, 128) == read_pairs(pairs, None, 100, 128)
+    assert read(tmp_path / "texts.parquet", PreTrainedTokenizerFast.from_pretrained(model)) == read(pairs)
 
 
 def test_unusable_pairs_are_counted_by_reason(tmp_path: Path) -> None:
@@ -225,8 +248,8 @@ def test_unusable_pairs_are_counted_by_reason(tmp_path: Path) -> None:
         "rejected_ids": [[7, 2], [6, 2], [7], [7], [7]],
     }
     write_parquet(pa.table(ids), tmp_path / "pairs.parquet")
-    kept, dropped = read_pairs(tmp_path / "pairs.parquet", None, 100, 8)
-    assert len(kept) == 1
+    kept, dropped = read(tmp_path / "pairs.parquet", max_tokens=8)
+    assert len(kept.comparisons) == 1
     assert dropped == {"empty": 2, "identical": 1, "too_long": 1}
 
 
@@ -266,7 +289,7 @@ def test_an_adapter_of_another_rank_is_refused(model: str, pairs: Path, plain: P
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"pairs_per_step": 6}, "multiple"),
+        ({"pairs_per_step": 2, "workers": 3}, "workers"),
         ({"weights": "full", "quantization": "nf4"}, "4-bit"),
         ({"weights": "full", "lora_rank": 4}, "lora_rank"),
         ({"offload": True, "zero_stage": 1}, "offload"),
@@ -288,8 +311,18 @@ def test_processes_must_be_those_configured(model: str, pairs: Path, tmp_path: P
 
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_every_pair_is_seen_in_every_epoch(epochs: int) -> None:
-    order = schedule(45, 8, epochs, seed=3)
+    order = schedule(range(45), 8, epochs, seed=3)
     assert order.shape == (epochs, 48)
     assert all(set(row) == set(range(45)) for row in order.tolist())
-    assert np.array_equal(order, schedule(45, 8, epochs, seed=3))
-    assert not np.array_equal(order, schedule(45, 8, epochs, seed=4))
+    assert np.array_equal(order, schedule(range(45), 8, epochs, seed=3))
+    assert not np.array_equal(order, schedule(range(45), 8, epochs, seed=4))
+
+
+def test_a_step_is_cut_into_equal_bins_that_keep_prompts_together() -> None:
+    prompts = [row // 3 for row in range(48)]
+    steps = schedule(prompts, 12, 1, seed=0).reshape(-1, 12)
+    dealt = cut(steps, prompts, lambda rows: 10 * len({prompts[row] for row in rows}) + len(rows), budget=30, workers=2)
+    assert all(sorted(row for bin_ in bins for row in bin_) == sorted(step) for bins, step in zip(dealt, steps.tolist(), strict=True))
+    assert {len(bins) for bins in dealt} == {2}
+    assert all(len({prompts[row] for row in bin_}) == 2 for bins in dealt for bin_ in bins)
+    assert {len(bins) for bins in cut(steps, prompts, lambda rows: 100 * len(rows), budget=1, workers=5)} == {10}  # of 12: over the budget

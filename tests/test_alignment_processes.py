@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import ray
-from test_alignment import SETTINGS, make_model, make_rows, steps_of
+from test_alignment import KILLED, SETTINGS, make_model, make_rows, steps_of
 
 from dpo4rec.alignment.config import AlignmentConfig
 from dpo4rec.alignment.job import read_job, write_job
@@ -49,6 +50,16 @@ def test_the_launcher_agrees_under_zero(job: Path, stage: int) -> None:
     np.testing.assert_allclose(steps_of(out)[:10], steps_of(job / "one")[:10], atol=1e-3)
 
 
+def test_two_processes_go_on_where_one_was_killed(job: Path, tmp_path: Path) -> None:
+    round_ = tmp_path / "round-0"
+    shutil.copytree(job, round_, ignore=shutil.ignore_patterns("one", "zero-*", "adapter", ".*"))
+    assert subprocess.run([sys.executable, "-c", KILLED, str(round_)]).returncode == 9
+    done = launch(round_, "--num-processes", 2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resuming from" in done.stdout + done.stderr
+    np.testing.assert_allclose(steps_of(round_ / "adapter")[:10], steps_of(job / "one")[:10], atol=1e-3)
+
+
 def test_the_launcher_refuses_what_it_cannot_do(job: Path) -> None:
     assert launch().returncode == 2
     assert "--zero needs" in launch(job, "--zero", 4).stderr
@@ -77,8 +88,8 @@ def test_ray_train_agrees_and_hands_errors_back(job: Path) -> None:
 def test_a_job_moves_with_its_folder_and_its_settings_are_checked(job: Path) -> None:
     values = json.loads((job / "alignment.json").read_text())
     assert (values["model"], values["pairs"]) == ("model", "pairs.parquet")
-    assert read_job(job, workers=2, zero_stage=3).config.accumulation == 1
-    with pytest.raises(InputError, match="multiple"):
-        read_job(job, workers=3)
+    assert read_job(job, workers=2, zero_stage=3).config.zero_stage == 3
+    with pytest.raises(InputError, match="workers"):
+        read_job(job, workers=9)
     with pytest.raises(InputError, match="no such file"):
         read_job(job / "nowhere")

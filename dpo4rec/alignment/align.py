@@ -12,34 +12,45 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
 import dpo4rec
-from dpo4rec.alignment.batches import ScheduledPairs
+from dpo4rec.alignment.checkpoints import LOG, prepare_folder
 from dpo4rec.alignment.config import AlignmentConfig
-from dpo4rec.alignment.pairs import read_pairs, schedule
-from dpo4rec.alignment.policy import check_written, load_policy, whole_weights, write_policy
-from dpo4rec.alignment.trainer import LOG, PreferenceTrainer, cut_log, newest_checkpoint
+from dpo4rec.alignment.pairs import read_preferences
+from dpo4rec.alignment.policy import add_reference_adapter, check_written, load_policy, whole_weights, write_policy
+from dpo4rec.alignment.reference import reference_key
+from dpo4rec.alignment.schedule import training_steps
+from dpo4rec.alignment.trainer import PreferenceTrainer
 from dpo4rec.errors import InputError
-from dpo4rec.files import atomic, content_hash, read_json, remove, stable_seed, write_json
+from dpo4rec.files import atomic, content_hash, remove, stable_seed, write_json
 
 logger = logging.getLogger(__name__)
 
 
 def align(
-    config: AlignmentConfig, model: str, pairs: Path, initial_adapter: Path | None, seed: int, out: Path, threads: int | None = None
+    config: AlignmentConfig,
+    model: str,
+    pairs: Path,
+    initial_adapter: Path | None,
+    seed: int,
+    out: Path,
+    threads: int | None = None,
+    round_0_adapter: Path | None = None,
 ) -> None:
     """Trains `model` on `pairs` and writes a PEFT adapter (or the full model) to `out`, with `training_log.jsonl` and `summary.json`.
 
     Runs as one of WORLD_SIZE processes (RANK, LOCAL_RANK: set by the DeepSpeed launcher, torchrun or Ray Train), or alone.
     Gloo on CPU, NCCL on GPU. An interrupted run goes on from its newest complete checkpoint, in the hidden folder beside `out`,
-    if config and inputs are the same; `out` appears only when all is done and was read back.
+    if config and inputs are the same (without ZeRO also with another number of processes); `out` appears only when all is done and was
+    read back. The reference's log-probabilities are kept in the hidden folder `.reference` beside `out`.
 
     Args:
         config: settings; `workers` must be the number of processes.
         model: folder or hub name of a causal language model.
-        pairs: Parquet file or folder, see `read_pairs`.
-        initial_adapter: adapter to go on with; the reference is then the model with this adapter.
+        pairs: Parquet file or folder, see `read_preferences`.
+        initial_adapter: adapter to go on with.
         seed: order of the pairs and initial adapter.
         out: folder to write.
         threads: CPU threads of this process; unchanged if None.
+        round_0_adapter: the adapter that round 0 started from, for `reference: round_0`; None: it had none.
 
     Raises:
         InputError: pairs, model or adapter cannot be used, or the number of processes is not the configured one.
@@ -55,25 +66,36 @@ def align(
     settings = _model_settings(model)
     longest = min(config.max_tokens, getattr(settings, "max_position_embeddings", config.max_tokens))
     tokenizer = _tokenizer(model)
-    rows, dropped = read_pairs(pairs, tokenizer, settings.vocab_size, longest)
-    order = schedule(len(rows), config.pairs_per_step, config.epochs, seed)
-    scheduled = ScheduledPairs(rows, order.ravel().tolist())
-    logger.info("%d pairs, dropped %s, %d steps", len(rows), dropped, order.size // config.pairs_per_step)
+    preferences, dropped = read_preferences(pairs, tokenizer, settings.vocab_size, longest, config)
+    steps = training_steps(preferences, config, seed)
+    logger.info("%d comparisons, dropped %s, %d steps of %d passes", len(preferences.comparisons), dropped, len(steps), len(steps[0]))
 
     folder = out.with_name(f".{out.name}.checkpoints")
-    arguments = _arguments(
-        config, folder, order.size // config.pairs_per_step, seed
-    )  # sets up the process group and ZeRO-3, so comes before the model
-    job = {"config": config.model_dump(mode="json"), "model": model, "seed": seed, "pairs": content_hash(pairs)}
-    job["initial_adapter"] = content_hash(initial_adapter) if initial_adapter else None
-    checkpoint = _prepare_folder(folder, job, arguments)
+    # sets up the process group and ZeRO-3, so comes before the model
+    arguments = _arguments(config, folder, len(steps), len(steps[0]) // config.workers, seed)
+    reference_adapter = {"initial_adapter": initial_adapter, "base": None, "round_0": round_0_adapter}[config.reference]
+    job: dict[str, Any] = {"config": _identity(config), "model": model, "seed": seed, "pairs": content_hash(pairs)}
+    job |= {name: content_hash(path) if path else None for name, path in (("initial", initial_adapter), ("reference", reference_adapter))}
+    checkpoint = prepare_folder(folder, job, arguments)
     torch.manual_seed(stable_seed(seed, "adapter"))
     policy = load_policy(config, model, initial_adapter, arguments.device)
-    trainer = PreferenceTrainer(config, policy, arguments, scheduled, order.shape[1])
+    if reference_adapter and config.reference == "round_0":
+        add_reference_adapter(policy, reference_adapter)
+    reference = out.parent / ".reference" / f"{reference_key(config, model, reference_adapter, preferences)}.safetensors"
+    alike = config.objective != "simpo" and job["initial"] == job["reference"]
+    trainer = PreferenceTrainer(config, policy, arguments, preferences, steps, len(steps) // config.epochs, reference, alike)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     _finish(
-        trainer, out, {"pairs": len(rows), "dropped": dropped, "pairs_hash": job["pairs"]}, tokenizer if config.weights == "full" else None
+        trainer,
+        out,
+        {"pairs": len(preferences.comparisons), "dropped": dropped, "pairs_hash": job["pairs"]},
+        tokenizer if config.weights == "full" else None,
     )
+
+
+def _identity(config: AlignmentConfig) -> dict[str, Any]:
+    """What a checkpoint depends on: without ZeRO, whose checkpoints are one part a process, not the number of processes."""
+    return config.model_dump(mode="json", exclude=set() if config.zero_stage else {"workers"})
 
 
 def _finish(trainer: PreferenceTrainer, out: Path, summary: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -86,7 +108,13 @@ def _finish(trainer: PreferenceTrainer, out: Path, summary: dict[str, Any], toke
             tensors = check_written(trainer.policy, weights, partial)
             shutil.copy(trainer.folder / LOG, partial / LOG)
             steps = [json.loads(line) for line in (trainer.folder / LOG).read_text(encoding="utf-8").splitlines()]
-            summary |= {"steps": len(steps), "tensors": tensors, "zero_stage": trainer.zero_stage()}
+            summary |= {
+                "steps": len(steps),
+                "tensors": tensors,
+                "zero_stage": trainer.zero_stage(),
+                "packed": trainer.scorer.packed,
+                "speed": trainer.speed.summary(),
+            }
             write_json({**summary, "first": steps[0], "last": steps[-1]}, partial / "summary.json")
         remove(trainer.folder)
     trainer.accelerator.wait_for_everyone()
@@ -122,22 +150,7 @@ def _tokenizer(model: str) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def _prepare_folder(folder: Path, job: dict[str, Any], arguments: TrainingArguments) -> Path | None:
-    """The checkpoint to resume from; what another job left behind is removed."""
-    with arguments.main_process_first(local=False, desc="checkpoints"):
-        if arguments.process_index == 0:
-            if folder.exists() and (not (folder / "job.json").exists() or read_json(folder / "job.json") != job):
-                logger.warning("%s is of another job (or too young to tell) and is removed", folder)
-                remove(folder)
-            write_json(job, folder / "job.json")
-            cut_log(folder, newest_checkpoint(folder))
-    checkpoint = newest_checkpoint(folder)
-    if checkpoint:
-        logger.warning("resuming from %s", checkpoint)
-    return checkpoint
-
-
-def _arguments(config: AlignmentConfig, folder: Path, steps: int, seed: int) -> TrainingArguments:
+def _arguments(config: AlignmentConfig, folder: Path, steps: int, passes: int, seed: int) -> TrainingArguments:
     cuda = torch.cuda.is_available()
     if (
         config.zero_stage
@@ -145,8 +158,8 @@ def _arguments(config: AlignmentConfig, folder: Path, steps: int, seed: int) -> 
         deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False)
     return TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=config.pairs_per_device,
-        gradient_accumulation_steps=config.accumulation,
+        per_device_train_batch_size=1,  # a bin
+        gradient_accumulation_steps=passes,
         num_train_epochs=1,  # the data set is all epochs in their order
         learning_rate=config.learning_rate,
         lr_scheduler_type="linear",

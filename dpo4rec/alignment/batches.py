@@ -1,77 +1,118 @@
-"""Batches of pairs, and the log-probabilities of their completions.
+"""A forward pass: comparisons as tensors, packed or padded.
 
-Shapes: B pairs, 2B rows (chosen first, then rejected), L positions, V vocabulary.
+Shapes: B comparisons, K rejected answers each at most, A distinct answers, T tokens packed into one row, L positions of a padded row,
+N completion tokens of all answers.
 """
 
-import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from dpo4rec.alignment.pairs import Pair
+from dpo4rec.alignment.pairs import Ids, Preferences
+from dpo4rec.alignment.schedule import Bin
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
+Spans = tuple[tuple[int, tuple[int, ...]], ...]
+"""A packed row: for each prompt, its length and the lengths of its answers."""
 
 
-class ScheduledPairs(Dataset[tuple[int, Pair]]):
-    """The pairs in the order of training, all epochs one after the other."""
+class ScheduledBins(Dataset[Bin]):
+    """The bins in the order of training."""
 
-    def __init__(self, pairs: list[Pair], order: list[int]) -> None:
-        self.pairs, self.order = pairs, order
+    def __init__(self, bins: list[Bin]) -> None:
+        self.bins = bins
 
     def __len__(self) -> int:
-        return len(self.order)
+        return len(self.bins)
 
-    def __getitem__(self, place: int) -> tuple[int, Pair]:
-        """Row number and pair at a place of the order."""
-        return self.order[place], self.pairs[self.order[place]]
+    def __getitem__(self, place: int) -> Bin:
+        return self.bins[place]
 
 
-def collate(rows: list[tuple[int, Pair]]) -> Batch:
-    """Makes one batch, padded on the right to its longest row.
+@dataclass(frozen=True)
+class Collator:
+    """Makes a batch of one bin.
 
-    Returns `index` [B] (row numbers), and [2B, L]: `input_ids`, `attention_mask`, `completion_mask` (1 on the tokens of completions).
-    All are integers: a DeepSpeed bf16 configuration would round every float input (the log-probabilities of the reference, for one).
+    Every batch has `index` [B] (comparison numbers), `answers` [A] (answer numbers), `lengths` [A], `chosen` [B] and `rejected` [B, K]
+    (places in `answers`, -1 where there is none), and `tokens` (a number: computed without padding). All tensors are integers: a DeepSpeed
+    bf16 configuration would round every float input (the log-probabilities of the reference, for one).
 
-    Example: prompt (5 6), chosen (7 2), rejected (8 9 2) gives input_ids [[5 6 7 2 0], [5 6 8 9 2]] and
-    completion_mask [[0 0 1 1 0], [0 0 1 1 1]].
+    A packed batch has `input_ids` [1, T] and `position_ids` [1, T], a prompt once and then its answers, each counted on from the prompt's
+    end; `spans`; and for each of the N tokens `predictors` (the place before it: for an answer's first token the prompt's last), `targets`
+    and `owners` (places in `answers`). Example: prompt (5 6), answers (7 2) and (8 9 2): input_ids [[5 6 7 2 8 9 2]], position_ids
+    [[0 1 2 3 2 3 4]], spans ((2, (2, 3)),), predictors [1 2 1 4 5], targets [7 2 8 9 2], owners [0 0 1 1 1].
+
+    A padded batch has a row for each answer: `input_ids`, `attention_mask` and `completion_mask` (1 on the answer), each [A, L].
     """
-    texts = [(pair.prompt, pair.chosen) for _, pair in rows] + [(pair.prompt, pair.rejected) for _, pair in rows]
-    shape = len(texts), max(len(prompt) + len(completion) for prompt, completion in texts)
+
+    preferences: Preferences
+    packed: bool
+    multiple: int = 1
+    """A packed row is filled up to a multiple of this (FlexAttention works on blocks of 128)."""
+
+    def __call__(self, bins: list[Bin]) -> Batch:
+        (rows,) = bins
+        data = self.preferences
+        comparisons = [data.comparisons[row] for row in rows]
+        by_prompt: dict[int, dict[int, None]] = {}
+        for one in comparisons:
+            by_prompt.setdefault(data.answers[one.chosen][0], {}).update(dict.fromkeys((one.chosen, *one.rejected)))
+        answers = [answer for group in by_prompt.values() for answer in group]
+        place = {answer: at for at, answer in enumerate(answers)}
+        width = max(len(one.rejected) for one in comparisons)
+        rejected = [[place[bad] for bad in one.rejected] + [-1] * (width - len(one.rejected)) for one in comparisons]
+        batch = {
+            "index": torch.tensor(rows),
+            "answers": torch.tensor(answers),
+            "lengths": torch.tensor([len(data.answers[answer][1]) for answer in answers]),
+            "chosen": torch.tensor([place[one.chosen] for one in comparisons]),
+            "rejected": torch.tensor(rejected),
+        }
+        texts = [(data.prompts[prompt], [data.answers[answer][1] for answer in group]) for prompt, group in by_prompt.items()]
+        return batch | (packed(texts, self.multiple) if self.packed else padded(texts))
+
+
+def packed(prompts: list[tuple[Ids, list[Ids]]], multiple: int) -> Batch:
+    """One row of all prompts and answers, see `Collator`; filled up to a multiple with tokens that see only themselves."""
+    ids: list[int] = []
+    positions: list[int] = []
+    predictors: list[int] = []
+    targets: list[int] = []
+    owners: list[int] = []
+    for prompt, answers in prompts:
+        last = len(ids) + len(prompt) - 1
+        ids += prompt
+        positions += range(len(prompt))
+        for answer in answers:
+            predictors += [last, *range(len(ids), len(ids) + len(answer) - 1)]
+            owners += [owners[-1] + 1 if owners else 0] * len(answer)
+            targets += answer
+            ids += answer
+            positions += range(len(prompt), len(prompt) + len(answer))
+    tokens, fill = len(ids), -len(ids) % multiple
+    rest = ((fill, ()),) if fill else ()
+    return {
+        "input_ids": torch.tensor([ids + [0] * fill]),
+        "position_ids": torch.tensor([positions + list(range(fill))]),
+        "spans": (*((len(prompt), tuple(map(len, answers))) for prompt, answers in prompts), *rest),
+        "predictors": torch.tensor(predictors),
+        "targets": torch.tensor(targets),
+        "owners": torch.tensor(owners),
+        "tokens": tokens,
+    }
+
+
+def padded(prompts: list[tuple[Ids, list[Ids]]]) -> Batch:
+    """A row for each answer, filled up on the right to the longest, see `Collator`."""
+    texts = [(prompt, answer) for prompt, answers in prompts for answer in answers]
+    shape = len(texts), max(len(prompt) + len(answer) for prompt, answer in texts)
     names = ("input_ids", "attention_mask", "completion_mask")
-    batch = {name: torch.zeros(shape, dtype=torch.long) for name in names}
-    for row, (prompt, completion) in enumerate(texts):
-        end = len(prompt) + len(completion)
-        batch["input_ids"][row, :end] = torch.tensor(prompt + completion)
+    batch: Batch = {name: torch.zeros(shape, dtype=torch.long) for name in names}
+    for row, (prompt, answer) in enumerate(texts):
+        end = len(prompt) + len(answer)
+        batch["input_ids"][row, :end] = torch.tensor(prompt + answer)
         batch["attention_mask"][row, :end] = 1
         batch["completion_mask"][row, len(prompt) : end] = 1
-    return {"index": torch.tensor([index for index, _ in rows]), **batch}
-
-
-def can_trim_logits(model: nn.Module) -> bool:
-    """Whether the model computes logits only for the last positions when told (most do; for the others it is done afterwards)."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
-
-
-def completion_log_probs(model: nn.Module, batch: Batch, trim_logits: bool) -> Tensor:
-    """Sum of the log-probabilities of every row's completion tokens, [2B] float32, log-softmax in float32.
-
-    Logits are computed from the position before the batch's first completion token on, never for the common prompt part.
-
-    Args:
-        model: the causal language model, as wrapped for training.
-        batch: made by `collate`.
-        trim_logits: what `can_trim_logits` says of the model.
-    """
-    mask = batch["completion_mask"].bool()
-    keep = mask.shape[1] - int(mask.any(0).int().argmax()) + 1
-    options: dict[str, Any] = {"logits_to_keep": keep} if trim_logits else {}
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, **options).logits
-    mask = mask[:, 1 - keep :]
-    at_tokens = logits[:, -keep:-1][mask].float()  # [completion tokens, V]: padding costs no softmax
-    targets = batch["input_ids"][:, 1 - keep :][mask]
-    log_probs = at_tokens.gather(1, targets[:, None]).squeeze(1) - at_tokens.logsumexp(1)
-    per_position = torch.zeros(mask.shape, dtype=torch.float32, device=logits.device).masked_scatter(mask, log_probs)
-    return per_position.sum(1)
+    return batch | {"tokens": sum(len(prompt) + len(answer) for prompt, answer in texts)}

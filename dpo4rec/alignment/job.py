@@ -13,7 +13,7 @@ from dpo4rec.errors import InputError
 from dpo4rec.files import read_json, write_json
 
 NAME = "alignment.json"
-KEYS = {"config", "model", "initial_adapter", "pairs", "seed", "threads"}
+KEYS = {"config", "model", "initial_adapter", "round_0_adapter", "pairs", "seed", "threads"}
 
 
 @dataclass(frozen=True)
@@ -27,19 +27,28 @@ class Job:
     pairs: Path
     seed: int
     threads: int | None
+    round_0_adapter: Path | None
 
     def run(self, out: Path) -> None:
-        align(self.config, self.model, self.pairs, self.initial_adapter, self.seed, out, self.threads)
+        align(self.config, self.model, self.pairs, self.initial_adapter, self.seed, out, self.threads, self.round_0_adapter)
 
 
 def write_job(
-    folder: Path, config: AlignmentConfig, model: str, pairs: Path, initial_adapter: Path | None, seed: int, threads: int | None = None
+    folder: Path,
+    config: AlignmentConfig,
+    model: str,
+    pairs: Path,
+    initial_adapter: Path | None,
+    seed: int,
+    threads: int | None = None,
+    round_0_adapter: Path | None = None,
 ) -> Path:
     """Writes `alignment.json` and returns its path. Paths in it are relative to the folder: a run folder can be moved as a whole."""
     values = {
         "config": config.model_dump(mode="json"),
         "model": _relative(Path(model), folder) if Path(model).is_dir() else model,
         "initial_adapter": _relative(initial_adapter, folder) if initial_adapter else None,
+        "round_0_adapter": _relative(round_0_adapter, folder) if round_0_adapter else None,
         "pairs": _relative(pairs, folder),
         "seed": seed,
         "threads": threads,
@@ -76,6 +85,7 @@ def read_job(folder: Path, **changes: Any) -> Job:
         folder / values["pairs"],
         values["seed"],
         values["threads"],
+        folder / values["round_0_adapter"] if values["round_0_adapter"] else None,
     )
 
 

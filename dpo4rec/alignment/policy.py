@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from dpo4rec.alignment.config import AlignmentConfig
+from dpo4rec.alignment.reference import ADAPTER
 from dpo4rec.errors import InputError
 from dpo4rec.files import read_tensors, remove
 
@@ -47,6 +48,19 @@ def load_policy(config: AlignmentConfig, model: str, initial_adapter: Path | Non
     return policy
 
 
+def add_reference_adapter(policy: Policy, folder: Path) -> None:
+    """Lays a frozen adapter beside the trained one, to be the reference (`as_reference`).
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    assert isinstance(policy, PeftModel)
+    try:
+        policy.load_adapter(str(folder), ADAPTER, is_trainable=False)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(str(folder), f"the adapter cannot be read ({error})", "Give the folder of a LoRA adapter of PEFT") from error
+
+
 def whole_weights(policy: Policy) -> dict[str, Tensor]:
     """The trained tensors by name, copied to the CPU: adapter or all. Every process must call it: ZeRO-3 gathers them one by one."""
     return {
@@ -59,7 +73,7 @@ def whole_weights(policy: Policy) -> dict[str, Tensor]:
 def write_policy(policy: Policy, weights: dict[str, Tensor], folder: Path) -> None:
     """Writes an adapter (PEFT) or a full model as safetensors; one process does it, with what `whole_weights` gave."""
     if isinstance(policy, PeftModel):
-        policy.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
+        policy.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False, selected_adapters=["default"])
         remove(folder / "README.md")  # an unfilled model card
         _sort_lists(folder / "adapter_config.json")  # PEFT writes sets in the order of their hashes
     else:

@@ -1,7 +1,8 @@
-"""DPO as a `transformers.Trainer`: our batches and objective, its loop, optimizer, DeepSpeed and checkpoints."""
+"""Preference training as a `transformers.Trainer`: our batches and objective, its loop, optimizer, DeepSpeed and checkpoints."""
 
 import json
-import math
+import logging
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,66 +10,89 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from dpo4rec.alignment.batches import Batch, ScheduledPairs, can_trim_logits, collate, completion_log_probs
+from dpo4rec.alignment.attention import BLOCK
+from dpo4rec.alignment.batches import Batch, Collator, ScheduledBins
+from dpo4rec.alignment.checkpoints import LOG, MarkComplete
 from dpo4rec.alignment.config import AlignmentConfig
-from dpo4rec.alignment.objectives import dpo_loss, dpo_margin, nll
+from dpo4rec.alignment.health import check_step
+from dpo4rec.alignment.objective import Losses, Objective
+from dpo4rec.alignment.pairs import Preferences
 from dpo4rec.alignment.policy import Policy, whole_weights, write_policy
-from dpo4rec.alignment.reference import compute_reference, read_reference
+from dpo4rec.alignment.reference import as_reference, compute_reference, read_or_compute
+from dpo4rec.alignment.schedule import Bin, longest_text
+from dpo4rec.alignment.scoring import Scorer
+from dpo4rec.alignment.speed import Speed
 
-SUMS = ("pairs", "loss", "dpo_loss", "nll", "margin", "accuracy", "chosen_change", "rejected_change", "tokens")
-COMPLETE = "complete"
-LOG = "training_log.jsonl"
+logger = logging.getLogger(__name__)
+SUMS = ("comparisons", *(field.name for field in fields(Losses)), "tokens", "computed")
+TOLERANCE_NATS = {"fp32": 1e-4, "bf16": 0.1}
+"""How far a token's log-probability may be off in a packed row; in bf16 the order of sums alone makes so much."""
 
 
 class PreferenceTrainer(Trainer):
-    """Trains a policy on preference pairs with DPO (arXiv 2305.18290, eq. 7) and, if wanted, NLL on the chosen texts.
+    """Trains a policy on comparisons with the configured objective.
 
-    Every step writes a line to `training_log.jsonl` in the checkpoints' folder: averages over the pairs of the step, over all processes.
+    Every step writes a line to `training_log.jsonl` in the checkpoints' folder: averages over the comparisons of the step, over all
+    processes, of what `Losses` names (`margin` is its gap), tokens computed without padding, gradient norm and learning rate.
 
     Args:
         config: the settings.
         model: from `load_policy`.
         arguments: of the Trainer; `output_dir` holds the checkpoints.
-        rows: the pairs in the order of training, all epochs.
-        rows_per_epoch: how many of `rows` are one epoch.
+        preferences: the data.
+        steps: of each step, its bins, see `cut`.
+        steps_per_epoch: the bins of so many steps hold all answers.
+        reference: file of the reference's log-probabilities, read or made.
+        starts_at_reference: whether the untrained policy is the reference.
 
     Raises:
-        RuntimeError: the first loss is not log 2, a loss is not finite, or nothing has a gradient.
+        RuntimeError: training went wrong, see `check_step`.
     """
 
     def __init__(
-        self, config: AlignmentConfig, model: Policy, arguments: TrainingArguments, rows: ScheduledPairs, rows_per_epoch: int
+        self,
+        config: AlignmentConfig,
+        model: Policy,
+        arguments: TrainingArguments,
+        preferences: Preferences,
+        steps: list[list[Bin]],
+        steps_per_epoch: int,
+        reference: Path,
+        starts_at_reference: bool,
     ) -> None:
-        super().__init__(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[_MarkComplete()])
+        bins = [bin_ for step in steps for bin_ in step]
+        self.collator = Collator(preferences, config.packing != "none", BLOCK if arguments.device.type == "cuda" else 1)
+        super().__init__(
+            model=model, args=arguments, train_dataset=ScheduledBins(bins), data_collator=self._collate, callbacks=[MarkComplete()]
+        )
         self.remove_callback(PrinterCallback)
-        self.model_accepts_loss_kwargs = False  # our loss is a mean over pairs: the Trainer divides it by the accumulation
-        self.settings, self.policy, self.rows, self.rows_per_epoch = config, model, rows, rows_per_epoch
+        self.model_accepts_loss_kwargs = False  # our loss is a mean: the Trainer divides it by the accumulation
+        self.settings, self.policy, self.steps_per_epoch = config, model, steps_per_epoch
         self.folder = Path(str(arguments.output_dir))
-        self.first_epoch = ScheduledPairs(rows.pairs, rows.order[:rows_per_epoch])
-        self.trim_logits = can_trim_logits(model.get_base_model() if isinstance(model, PeftModel) else model)
-        self.reference = read_reference(self.folder)
+        self.first_epoch = [bin_ for step in steps[:steps_per_epoch] for bin_ in step]
+        self.bins_per_step = len(steps[0])
+        self.reference_file, self.starts_at_reference = reference, starts_at_reference
+        base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+        self.scorer = Scorer(base)
+        self.losses_of = Objective(config, preferences, arguments.device)
+        self.reference: Tensor | None = None
+        self.speed = Speed(_parameters(base), config.weights == "full", config.workers)
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=arguments.device)
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Mean over the batch's pairs of the DPO loss + nll_weight x NLL of the chosen text."""
+        """The batch's share of the mean loss over the step's comparisons, times the number of bins over which it will be averaged."""
         if self.reference is None:
-            self.reference = self._compute_reference(model)
-        self.reference = self.reference.to(inputs["index"].device)
-        reference_chosen, reference_rejected = self.reference[inputs["index"]].T
-        chosen, rejected = completion_log_probs(model, inputs, self.trim_logits).chunk(2)
-        four = chosen, rejected, reference_chosen, reference_rejected
-        preference = dpo_loss(*four, self.settings.beta)
-        likelihood = nll(chosen, inputs["completion_mask"].sum(1)[: len(chosen)])
-        losses = preference + self.settings.nll_weight * likelihood if self.settings.nll_weight else preference
-        margin = dpo_margin(*four, self.settings.beta)
-        changes = chosen - reference_chosen, rejected - reference_rejected
-        self._add(inputs, losses, preference, likelihood, margin, margin > 0, *changes)
-        return losses.mean()
+            self.reference = self._start(model)
+        if "spans" in inputs and not self.scorer.packed:
+            inputs = self._again_padded(inputs)
+        losses = self.losses_of(self.scorer(model, inputs), self.reference[inputs["answers"]], inputs)
+        self._add(inputs, losses)
+        return losses.loss.sum() * (self.bins_per_step / self.settings.pairs_per_step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Writes the step's line and stops a run that has gone wrong; the Trainer's closing summary is not a step."""
@@ -79,7 +103,7 @@ class PreferenceTrainer(Trainer):
         if self.is_world_process_zero():
             with (self.folder / LOG).open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(record) + "\n")
-        self._check(record)
+        check_step(record, self.settings, self.zero_stage(), self.starts_at_reference)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Weights of a checkpoint. DeepSpeed's own checkpoint already has them."""
@@ -97,72 +121,59 @@ class PreferenceTrainer(Trainer):
         return 0
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return SequentialSampler(self.rows)  # the rows already lie in the order of training
+        return SequentialSampler(cast(ScheduledBins, self.train_dataset))  # the bins already lie in the order of training
+
+    def _collate(self, bins: list[Bin]) -> Batch:
+        return self.collator(bins)
+
+    def _again_padded(self, inputs: Batch) -> Batch:
+        """The same comparisons in padded rows: the collator learns only from the model whether it may pack."""
+        batch = Collator(self.collator.preferences, packed=False)([inputs["index"].tolist()])
+        return cast(Batch, self._prepare_inputs(batch))
+
+    def _start(self, model: nn.Module) -> Tensor:
+        """What needs the wrapped model, before its first step: may it pack, and what does the reference say."""
+        if self.settings.packing != "none":
+            longest = longest_text(self.collator.preferences)
+            reason = self.scorer.allow_packing(model, self.args.device, longest, TOLERANCE_NATS[self.settings.precision])
+            if reason:
+                logger.warning("%s: %s. Batches are padded, prompts not shared", type(self.scorer.base).__name__, reason)
+            self.collator = Collator(self.collator.preferences, reason is None, self.collator.multiple)
+        answers = len(self.collator.preferences.answers)
+        if self.settings.objective == "simpo":
+            return torch.zeros(answers, device=self.args.device)
+        table = read_or_compute(self.reference_file, answers, lambda: self._compute_reference(model), self.accelerator)
+        return table.to(self.args.device)
 
     def _compute_reference(self, model: nn.Module) -> Tensor:
-        if self.state.global_step:
-            raise RuntimeError(f"{self.folder}: a checkpoint without its reference log-probabilities; delete the folder and align again")
+        if self.state.global_step and self.settings.reference == "initial_adapter":
+            raise RuntimeError(
+                f"{self.reference_file} is missing, and the policy it came from is gone: delete {self.folder} and align again"
+            )
         # The model stays in training mode (there is no dropout): in eval mode, 4-bit layers on CPU are repacked for good into a form
         # that passes no gradient, and only a warning says so.
-        return compute_reference(
-            lambda batch: completion_log_probs(model, batch, self.trim_logits),
-            self.first_epoch,
-            self.settings.pairs_per_device,
-            self.accelerator,
-            self.folder,
-        )
+        with as_reference(self.policy, self.settings.reference):
+            return compute_reference(lambda batch: self.scorer(model, batch), self.first_epoch, self.collator, self.accelerator)
 
-    def _add(self, inputs: Batch, *per_pair: Tensor) -> None:
+    def _add(self, inputs: Batch, losses: Losses) -> None:
         """Adds a batch to the step's sums without waiting for the device."""
-        sums = [torch.as_tensor(len(inputs["index"])), *(values.detach().sum() for values in per_pair), inputs["attention_mask"].sum()]
+        counts = [torch.as_tensor(number) for number in (len(inputs["index"]), inputs["tokens"], inputs["input_ids"].numel())]
+        sums = [counts[0], *(values.detach().sum() for values in vars(losses).values()), *counts[1:]]
         self.sums += torch.stack([value.to(self.sums) for value in sums])
 
     def _step_record(self, logs: dict[str, float]) -> dict[str, float]:
         total = dict(zip(SUMS, self.accelerator.reduce(self.sums, "sum").tolist(), strict=True))
         self.sums = torch.zeros_like(self.sums)
+        self.speed.step(total["comparisons"], total["tokens"], total["computed"])
         step = self.state.global_step
-        means = {name: total[name] / total["pairs"] for name in SUMS[1:-1]}
-        epoch = step * self.settings.pairs_per_step / self.rows_per_epoch
+        means = {name: total[name] / total["comparisons"] for name in SUMS[1:-2]}
+        means["margin"] = means.pop("gap")
         rates = {"grad_norm": float(logs["grad_norm"]), "learning_rate": logs["learning_rate"], "tokens": int(total["tokens"])}
-        return {"step": step, "epoch": round(epoch, 4), **means, **rates}
-
-    def _check(self, record: dict[str, float]) -> None:
-        if self.zero_stage() != self.settings.zero_stage:
-            raise RuntimeError(f"the model is trained under ZeRO-{self.zero_stage()} instead of ZeRO-{self.settings.zero_stage}")
-        step, loss, norm = record["step"], record["loss"], record["grad_norm"]
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise RuntimeError(f"step {step}: loss {loss}, gradient norm {norm}: not finite. Lower the learning rate")
-        if step == 1 and abs(record["dpo_loss"] - math.log(2)) > 1e-3:
-            raise RuntimeError(
-                f"the first DPO loss is {record['dpo_loss']:.5f} instead of log 2 = {math.log(2):.5f}: the policy is not its own reference "
-                "(dropout, rounded inputs or mixed-up rows)"
-            )
-        if step <= 2 and norm == 0:
-            raise RuntimeError(f"step {step}: the gradient is zero: no trained weight takes part in the loss")
+        return {"step": step, "epoch": round(step / self.steps_per_epoch, 4), **means, **rates}
 
 
-class _MarkComplete(TrainerCallback):
-    """Marks a checkpoint once all processes have written their part: others are never resumed from."""
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
-        if state.is_world_process_zero:
-            (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The latest checkpoint that all processes finished writing."""
-    return max((path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")), key=_step_of, default=None)
-
-
-def cut_log(folder: Path, checkpoint: Path | None) -> None:
-    """Takes the lines after the checkpoint out of the log: these steps are done again."""
-    path, last = folder / LOG, _step_of(checkpoint) if checkpoint else 0
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= last), encoding="utf-8")
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
+def _parameters(model: PreTrainedModel) -> int:
+    """Those that take part in matrix products: not the input embedding, unless it is the output layer, too."""
+    sizes = {id(parameter): getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters()}
+    embedding, head = model.get_input_embeddings().weight, getattr(model.get_output_embeddings(), "weight", None)
+    return sum(sizes.values()) - (0 if embedding is head else sizes[id(embedding)])
