@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 import pyarrow as pa
+import torch
 
-from benchmarks.interruptions import split_at_dashes
 from benchmarks.record import record
 from dpo4rec.config import recommender_of, resolve
 from dpo4rec.driver import Run
@@ -82,8 +82,7 @@ def main() -> int:
     parser.add_argument("source", type=Path)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--set", action="append", default=[])
-    own, _ = split_at_dashes(sys.argv[1:])
-    given = parser.parse_args(own)
+    given = parser.parse_args()
     run = Run(resolve(None, given.source / "config.yaml", given.set), given.run_dir, ProgressDisplay())
     recommenders = Recommenders(run)
     data, texts = recommenders.data_of(given.protocol), given.run_dir / f"{given.protocol}-texts"
@@ -102,7 +101,7 @@ def main() -> int:
         for a, b in COMPARED:
             names = [f"{model}-{label.replace(' ', '-')}-{given.protocol}" for label in (a, b)]
             if all(name in values for name in names):
-                pair = [run_tensor(values[name]) for name in names]
+                pair = [torch.tensor(values[name].to_numpy()) for name in names]
                 comparisons.append({"model": model, "a": a, "b": b, **vars(paired_bootstrap(*pair, seed=0))})
     for row, corrected in zip(comparisons, holm([row["p_value"] for row in comparisons]), strict=True):
         row["p_value_holm"] = corrected
@@ -110,12 +109,6 @@ def main() -> int:
     figures |= {"test_users": summary["users"], "seeds": run.config.evaluation.seeds}
     record(f"controls_{given.protocol}", figures, {"comparisons": comparisons, "summary": summary})
     return 0
-
-
-def run_tensor(series):
-    import torch
-
-    return torch.tensor(series.to_numpy())
 
 
 if __name__ == "__main__":
