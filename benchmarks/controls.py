@@ -10,6 +10,7 @@ benchmarks/results/controls_<protocol>.json.
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -76,6 +77,31 @@ def fits(protocol: str, texts: Path) -> list[tuple[str, str, list[str], list[str
     return found
 
 
+def fit_all(recommenders: Recommenders, source: Path, protocol: str) -> None:
+    """Every fit; finished ones are skipped."""
+    run = recommenders.run
+    data, texts = recommenders.data_of(protocol), run.folder / f"{protocol}-texts"
+    if not texts.exists():
+        write_texts(source, data, texts, run.config.seed)
+    for name, model, settings, files in fits(protocol, texts):
+        recommenders.fit(recommender_of(run.config, model, f"{name}-{protocol}", protocol, files, settings))
+
+
+def comparisons(per_user: Path, protocol: str) -> list[dict[str, Any]]:
+    """`COMPARED` for each model, p-values corrected over all of them."""
+    values = read_parquet(per_user).to_pandas().pivot(index="user_id", columns="condition", values=METRIC[protocol])
+    rows = []
+    for model in MODELS:
+        for a, b in COMPARED:
+            names = [f"{model}-{label.replace(' ', '-')}-{protocol}" for label in (a, b)]
+            if all(name in values for name in names):
+                pair = [torch.tensor(values[name].to_numpy()) for name in names]
+                rows.append({"model": model, "a": a, "b": b, **vars(paired_bootstrap(*pair, seed=0))})
+    for row, corrected in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
+        row["p_value_holm"] = corrected
+    return rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("protocol", choices=METRIC)
@@ -85,29 +111,15 @@ def main() -> int:
     given = parser.parse_args()
     run = Run(resolve(None, given.source / "config.yaml", given.set), given.run_dir, ProgressDisplay())
     recommenders = Recommenders(run)
-    data, texts = recommenders.data_of(given.protocol), given.run_dir / f"{given.protocol}-texts"
-    if not texts.exists():
-        write_texts(given.source, data, texts, run.config.seed)
-    for name, model, settings, files in fits(given.protocol, texts):
-        options = recommender_of(run.config, model, f"{name}-{given.protocol}", given.protocol, files, settings)
-        recommenders.fit(options)
+    fit_all(recommenders, given.source, given.protocol)
     measurement = Measurement(recommenders)
     summary = measurement.measure(given.protocol, measurement.protocols()[given.protocol])
-    per_user = read_parquet(given.run_dir / "evaluation" / given.protocol / "per_user.parquet").to_pandas()
+    rows = comparisons(run.folder / "evaluation" / given.protocol / "per_user.parquet", given.protocol)
     metric = METRIC[given.protocol]
-    values = per_user.pivot(index="user_id", columns="condition", values=metric)
-    comparisons = []
-    for model in MODELS:
-        for a, b in COMPARED:
-            names = [f"{model}-{label.replace(' ', '-')}-{given.protocol}" for label in (a, b)]
-            if all(name in values for name in names):
-                pair = [torch.tensor(values[name].to_numpy()) for name in names]
-                comparisons.append({"model": model, "a": a, "b": b, **vars(paired_bootstrap(*pair, seed=0))})
-    for row, corrected in zip(comparisons, holm([row["p_value"] for row in comparisons]), strict=True):
-        row["p_value_holm"] = corrected
     figures = {f"{metric} {name.removesuffix('-' + given.protocol)}": round(of[metric], 4) for name, of in summary["metrics"].items()}
+    figures |= {f"{row['model']}: {row['a']} - {row['b']}": round(row["difference"], 4) for row in rows}
     figures |= {"test_users": summary["users"], "seeds": run.config.evaluation.seeds}
-    record(f"controls_{given.protocol}", figures, {"comparisons": comparisons, "summary": summary})
+    record(f"controls_{given.protocol}", figures, {"comparisons": rows, "summary": summary})
     return 0
 
 
