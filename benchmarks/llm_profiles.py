@@ -48,6 +48,7 @@ CONDITIONS = {
     "shuffled profile": ("text", "plain", "shuffled"),
     "history and item text": ("history", "plain", None),
     "history and item knowledge": ("history", "knowledge", None),
+    "history and titles": ("history+text", "plain", "titles"),
     "history and profile": ("history+text", "plain", "profiles"),
     "history and profile, item knowledge": ("history+text", "knowledge", "profiles"),
 }
@@ -60,6 +61,7 @@ COMPARED = [
     ("profile", "history"),
     ("history and profile", "history"),
     ("history and profile", "history and item text"),
+    ("history and profile", "history and titles"),
     ("history and profile, item knowledge", "history and profile"),
     ("item text and knowledge", "item text"),
     ("profile, item knowledge", "profile"),
