@@ -12,6 +12,7 @@ import itertools
 import os
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNTIME_ENVIRONMENT = Path(__file__).with_name("runtime_env.yaml")
+AGENT_TIMEOUT_SECONDS = 120
 PATH_OPTIONS = ("--run-dir", "--data", "--config")
 """Options of `dpo4rec run` that name a path: it must mean the same on every node."""
 
@@ -51,12 +53,25 @@ def runtime_environment() -> dict[str, Any]:
     return {**yaml.safe_load(RUNTIME_ENVIRONMENT.read_text(encoding="utf-8")), "working_dir": str(ROOT)}
 
 
+async def submitted(client: Any, entrypoint: str) -> str:
+    """The number of the submitted job. A head that has just started has no agent for jobs yet, so this waits for one."""
+    deadline = time.monotonic() + AGENT_TIMEOUT_SECONDS
+    while True:
+        try:
+            return client.submit_job(entrypoint=entrypoint, runtime_env=runtime_environment())
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+        print("waiting for the cluster's job agent", file=sys.stderr, flush=True)
+        await asyncio.sleep(5)
+
+
 async def follow(address: str, entrypoint: str) -> int:
     """Submits, prints the log as it comes; Ctrl-C stops the job. Returns 0 when it succeeded, else the job's own status or 1."""
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     client = JobSubmissionClient(address)
-    job = client.submit_job(entrypoint=entrypoint, runtime_env=runtime_environment())
+    job = await submitted(client, entrypoint)
     print(f"submitted {job}", flush=True)
     try:
         async for lines in client.tail_job_logs(job):

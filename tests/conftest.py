@@ -16,9 +16,15 @@ from dpo4rec.experiment import Experiment
 REAL_DATA = Path(os.environ.get("DPO4REC_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
+RAY = ("test_ray_jobs.py", "test_alignment_processes.py")
+"""Files whose tests start Ray, and take longest: one process runs them one after another while the other one does the rest."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file that takes longest comes first, so that with two test processes the other one does the rest meanwhile."""
-    items.sort(key=lambda item: item.path.name != "test_ray_jobs.py")
+    """Makes groups for `--dist loadgroup`: a file, or the files of Ray, whose servers would compete for ports and cores."""
+    items.sort(key=lambda item: item.path.name not in RAY)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.path.name in RAY else item.path.stem))
 
 
 @pytest.fixture(scope="session")

@@ -28,9 +28,10 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[s
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     environment.pop("RAY_ADDRESS", None)
-    port, dashboard = free_port(), free_port()
+    port, dashboard, agent, grpc = (free_port() for _ in range(4))  # another Ray may run beside it
     log = (tmp_path_factory.mktemp("head") / "log").open("w")
     options = ["--port", str(port), "--dashboard-port", str(dashboard), "--num-cpus", "4"]
+    options += ["--dashboard-agent-listen-port", str(agent), "--dashboard-agent-grpc-port", str(grpc)]
     process = subprocess.Popen([ROOT / "launchers" / "ray_head.sh", *options], env=environment, stdout=log, stderr=log)
     for _ in range(60):
         with socket.socket() as client:
