@@ -20,6 +20,7 @@ RAY = ("test_ray_jobs.py", "test_alignment_processes.py")
 """Files whose tests start Ray, and take longest: one process runs them one after another while the other one does the rest."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Makes groups for `--dist loadgroup`: a file, or the files of Ray, whose servers would compete for ports and cores."""
     items.sort(key=lambda item: item.path.name not in RAY)
