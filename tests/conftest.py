@@ -16,16 +16,12 @@ from dpo4rec.experiment import Experiment
 REAL_DATA = Path(os.environ.get("DPO4REC_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
-RAY = ("test_ray_jobs.py", "test_alignment_processes.py")
-"""Files whose tests start Ray, and take longest: one process runs them one after another while the other one does the rest."""
+FIRST, LAST = "test_ray_jobs.py", "test_alignment_processes.py"
+"""Files whose tests start Ray, and take longest: with two test processes they shall not meet."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Makes groups for `--dist loadgroup`: a file, or the files of Ray, whose servers would compete for ports and cores."""
-    items.sort(key=lambda item: item.path.name not in RAY)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path.name in RAY else item.path.stem))
+    items.sort(key=lambda item: (item.path.name != FIRST) + (item.path.name == LAST))
 
 
 @pytest.fixture(scope="session")
