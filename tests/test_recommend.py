@@ -143,6 +143,8 @@ def test_a_file_of_candidates(folder: Path, tmp_path: Path) -> None:
         (["--model", "mir", "--texts", "profiles.jsonl", "--set", "recommender.user_signal=text"], "history"),
         (["--texts", "profiles.jsonl"], "--model"),
         (["--model", "prm", "--round", "1"], "--round"),
+        (["--model", "gru4rec", "--set", "sequential.heads=2"], "no attention"),
+        (["--model", "dlcm", "--set", "recommender.heads=4", "--set", "recommender.user_signal=history"], "no attention"),
         (["--model", "sasrec", "--name", "../up"], "no file name"),
         (["--model", "sasrec", "--set", "sequences.split=global-time"], "another value"),
     ],
