@@ -203,6 +203,20 @@ def test_global_time_cuts_by_the_clock_and_counts_the_cold(tmp_path: Path) -> No
     assert (found.items > 0).all()  # a user without history gets the ranking of the start
 
 
+def test_some_users_choose_and_the_others_learn_from_one_more(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source")
+    whole, some = tmp_path / "whole", tmp_path / "some"
+    prepare_sequences(source, SequenceConfig(), 0, whole)
+    prepare_sequences(source, SequenceConfig(validation_users=7), 0, some)
+    all_hold, few_hold = SequenceData.load(whole), SequenceData.load(some)
+    held = few_hold.validation_ends - few_hold.train_ends
+    assert int(held.sum()) == 7 == read_json(some / "summary.json")["validation_users"]
+    assert torch.equal(few_hold.validation_ends, all_hold.validation_ends)  # the test is the same
+    assert torch.equal(few_hold.train_ends, all_hold.validation_ends - held)
+    with pytest.raises(ValueError, match="belongs to split=leave-one-out"):
+        SequenceConfig(split="global-time", validation_users=7)
+
+
 def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
     for settings, cause in [
         ({"negatives": 5}, "whole catalogue"),

@@ -33,6 +33,9 @@ class SequenceConfig(Settings):
     split: Literal["leave-one-out", "global-time"] = Field(
         "leave-one-out", description="last interaction for test and the one before for validation; or everything after a point of time"
     )
+    validation_users: int | None = Field(
+        None, ge=1, description="leave-one-out: a seeded sample holds out a validation interaction, all others learn from theirs [all]"
+    )
     validation_share: float | None = Field(None, gt=0, lt=0.5, description="global-time: share of all interactions, by time [0.1]")
     test_share: float | None = Field(None, gt=0, lt=0.5, description="global-time: share of all interactions, the latest ones [0.1]")
 
@@ -40,6 +43,8 @@ class SequenceConfig(Settings):
     def _shares_are_read(self) -> Self:
         if self.split == "leave-one-out" and (self.validation_share, self.test_share) != (None, None):
             raise ValueError("validation_share and test_share belong to split=global-time: leave-one-out holds out one interaction each")
+        if self.split == "global-time" and self.validation_users is not None:
+            raise ValueError("validation_users belongs to split=leave-one-out: global-time holds out by time, whoever it is")
         return self
 
 
@@ -47,6 +52,8 @@ def prepare_sequences(data: DataConfig, config: SequenceConfig, seed: int, out: 
     """Writes `sequences.parquet` (schema `SEQUENCES`), `items.parquet` and `summary.json` into the folder `out`; returns the summary.
 
     The first `train_length` of a user's items may be learned from, the next `validation_length` choose, the rest is the test.
+    With `validation_users`, leave-one-out lets the other users learn from the interaction before their last, as in published
+    comparisons (gSASRec: Petrov and Macdonald, RecSys 2023); every test target stays what it was.
     Leave-one-out gives a user of fewer than three interactions no target: it is learned from, and counted as `users_without_target`.
     Cold users (targets, but nothing to learn from) and cold targets (items that nobody touched in training) are counted.
 
@@ -56,7 +63,7 @@ def prepare_sequences(data: DataConfig, config: SequenceConfig, seed: int, out: 
     tables = read_source(data, seed)
     log = Log.of(tables)
     log = log.keep(sample_users(np.flatnonzero(log.counts), data.max_users, seed))
-    train, validation = _cuts(log, config)
+    train, validation = _cuts(log, config, seed)
     test = log.counts - train - validation
     if not validation.any() or not test.any():
         raise InputError("data", "nobody has a validation and a test interaction", "Give longer histories, or another sequences.split")
@@ -70,6 +77,7 @@ def prepare_sequences(data: DataConfig, config: SequenceConfig, seed: int, out: 
         "items": len(log.items),
         "interactions": len(log.item_codes),
         **tables.report,
+        "validation_users": int((validation > 0).sum()),
         **_cold(log, train, validation),
         "candidates_hash": _hash(tables, sequences),
     }
@@ -77,11 +85,13 @@ def prepare_sequences(data: DataConfig, config: SequenceConfig, seed: int, out: 
     return summary
 
 
-def _cuts(log: Log, config: SequenceConfig) -> tuple[np.ndarray, np.ndarray]:
+def _cuts(log: Log, config: SequenceConfig, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Length of the training and of the validation part of each user [U]."""
     if config.split == "leave-one-out":
-        held = np.where(log.counts >= 3, 1, 0)
-        return log.counts - 2 * held, held
+        test = (log.counts >= 3).astype(np.int64)
+        validation = np.zeros_like(test)
+        validation[sample_users(np.flatnonzero(test), config.validation_users, seed)] = 1
+        return log.counts - validation - test, validation
     test_share, validation_share = config.test_share or 0.1, config.validation_share or 0.1
     first_validation, first_test = np.quantile(log.timestamps, [1 - test_share - validation_share, 1 - test_share])
     owners, users = log.owners(), len(log.users)
