@@ -6,12 +6,14 @@ The first folder is the undisturbed run (made if absent). Writes benchmarks/resu
 """
 
 import argparse
+import contextlib
 import json
 import random
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from benchmarks.record import record
 from dpo4rec.files import content_hash, read_json
@@ -37,30 +39,40 @@ def split_at_dashes(words: list[str]) -> tuple[list[str], list[str]]:
     return words[:at], words[at + 1 :]
 
 
-def seconds_of(folder: Path) -> float:
-    """Seconds that the stages of a finished run took."""
-    return sum(stage["seconds"] for stage in read_json(folder / "manifest.json")["stages"].values())
+def draw_moments(folder: Path, kills: int, clock: random.Random) -> list[tuple[str, float]]:
+    """Stages of a finished run that took a second or more, drawn at random, in their order, and a random moment in each, in seconds."""
+    stages = [(name, stage["seconds"]) for name, stage in read_json(folder / "manifest.json")["stages"].items() if stage["seconds"] >= 1]
+    chosen = sorted(clock.sample(range(len(stages)), min(kills, len(stages))))
+    return [(stages[place][0], clock.uniform(0, stages[place][1])) for place in chosen]
 
 
-def kill_and_continue(folder: Path, options: list[str], moments: list[float]) -> list[str]:
-    """Starts the run, kills it after each of `moments` (seconds), and lets it end at last.
+def kill_and_continue(folder: Path, options: list[str], moments: list[tuple[str, float]]) -> list[str]:
+    """Starts the run, kills it so many seconds after a stage has begun, for each of `moments`, and lets it end at last.
 
-    Returns the stage that each kill hit; fewer than moments if the run ended before its next moment.
+    Returns the stage that each kill hit; a run that ends before its moment is not killed.
     """
-    stages = []
-    for moment in moments:
+    hit = []
+    for stage, seconds in moments:
+        before = len(events(folder))
         with (folder.parent / f"{folder.name}.log").open("a") as log:
             process = subprocess.Popen(command(folder, options), stdout=log, stderr=log)
-            try:
-                process.wait(timeout=moment)
-                break  # it ended before its moment
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        events = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] if (folder / "log.jsonl").exists() else []
-        stages.append(events[-1].get("stage", "start") if events else "start")
+        while process.poll() is None and not any(event.get("stage") == stage for event in events(folder)[before:]):
+            time.sleep(0.1)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=seconds)
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+            hit.append(events(folder)[-1]["stage"])
     subprocess.run(command(folder, options), check=True, stdout=subprocess.DEVNULL)
-    return stages
+    return hit
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    """What the run has logged so far; a line that is being written is left out."""
+    path = folder / "log.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def main() -> int:
@@ -72,9 +84,7 @@ def main() -> int:
     own, options = split_at_dashes(sys.argv[1:])
     given = parser.parse_args(own)
     subprocess.run(command(given.undisturbed, options), check=True, stdout=subprocess.DEVNULL)
-    start_up = 12.0  # seconds before a run does anything: kills shall hit work
-    clock, share = random.Random(given.seed), seconds_of(given.undisturbed) / given.kills
-    moments = [start_up + 2 * share * clock.random() for _ in range(given.kills)]
+    moments = draw_moments(given.undisturbed, given.kills, random.Random(given.seed))
     begun = time.monotonic()
     stages = kill_and_continue(given.killed, options, moments)
     one, other = fingerprint(given.undisturbed), fingerprint(given.killed)

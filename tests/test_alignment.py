@@ -193,15 +193,14 @@ def test_a_later_round_starts_at_its_own_reference(model: str, pairs: Path, plai
 
 KILLED = """
 import os, sys
-from pathlib import Path
 from dpo4rec.alignment import trainer
-from dpo4rec.alignment.job import read_job
+from dpo4rec.alignment.__main__ import main
 write_line = trainer.PreferenceTrainer.log
 def log(self, logs, start_time=None):
     write_line(self, logs, start_time)
     if self.state.global_step == 8: os._exit(9)
 trainer.PreferenceTrainer.log = log
-read_job(Path(sys.argv[1])).run(Path(sys.argv[1]) / "adapter")
+sys.exit(main())
 """
 
 

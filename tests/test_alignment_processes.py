@@ -2,21 +2,26 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 import ray
+from safetensors.torch import load_file
 from test_alignment import KILLED, SETTINGS, make_model, make_rows, steps_of
 
 from dpo4rec.alignment.config import AlignmentConfig
 from dpo4rec.alignment.job import read_job, write_job
+from dpo4rec.alignment.pairs import read_preferences
 from dpo4rec.alignment.ray_train import align_on_ray
+from dpo4rec.alignment.schedule import training_steps
 from dpo4rec.errors import InputError
 from dpo4rec.files import write_parquet
 
@@ -50,14 +55,49 @@ def test_the_launcher_agrees_under_zero(job: Path, stage: int) -> None:
     np.testing.assert_allclose(steps_of(out)[:10], steps_of(job / "one")[:10], atol=1e-3)
 
 
-def test_two_processes_go_on_where_one_was_killed(job: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("settings", "stage", "killed", "going_on"),
+    [({}, 0, 1, 2), ({"quantization": "nf4"}, 2, 2, 1), ({"quantization": "nf4"}, 3, 2, 2), ({"weights": "full"}, 3, 2, 3)],
+    ids=["lora", "qlora-zero-2", "qlora-zero-3", "full-zero-3"],
+)
+def test_any_number_of_processes_goes_on_where_others_were_killed(
+    job: Path, tmp_path: Path, settings: dict[str, Any], stage: int, killed: int, going_on: int
+) -> None:
     round_ = tmp_path / "round-0"
-    shutil.copytree(job, round_, ignore=shutil.ignore_patterns("one", "zero-*", "adapter", ".*"))
-    assert subprocess.run([sys.executable, "-c", KILLED, str(round_)]).returncode == 9
-    done = launch(round_, "--num-processes", 2)
+    config = AlignmentConfig(**{**SETTINGS, "epochs": 2, "nll_weight": 0.5, **settings})
+    write_job(round_, config, str(job / "model"), job / "pairs.parquet", None, seed=0, threads=1)
+    read_job(round_).run(round_ / "one")
+    (tmp_path / "killed.py").write_text(KILLED)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(killed)]
+    died = subprocess.run([*torchrun, str(tmp_path / "killed.py"), str(round_), "--zero", str(stage)], capture_output=True, text=True)
+    assert "exitcode  : 9" in died.stderr, died.stderr
+    done = launch(round_, "--num-processes", going_on, "--zero", stage)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resuming from" in done.stdout + done.stderr
-    np.testing.assert_allclose(steps_of(round_ / "adapter")[:10], steps_of(job / "one")[:10], atol=1e-3)
+    np.testing.assert_allclose(steps_of(round_ / "adapter"), steps_of(round_ / "one"), atol=1e-5)
+    for path in (round_ / "one").glob("*.safetensors"):
+        one, resumed = load_file(path), load_file(round_ / "adapter" / path.name)
+        assert max(float((one[name] - resumed[name]).abs().max()) for name in one) < 1e-5
+
+
+def test_a_pairs_own_epsilon_is_exact_in_bf16_under_zero(job: Path, tmp_path: Path) -> None:
+    """Every step is one pair twice, a process each, with two epsilons: the mean loss follows from the logged margin."""
+    draw = np.random.default_rng(0)
+    rows = {name: [values for values in column[:6] for _ in range(2)] for name, column in make_rows(6).items()}
+    rows["epsilon"] = (0.49 * draw.random(12)).tolist()
+    write_parquet(pa.table(rows), tmp_path / "pairs.parquet")
+    settings = {"noise": "epsilon_column", "objective": "smoothed", "precision": "bf16", "beta": 1.0, "pairs_per_step": 2, "epochs": 4}
+    config = AlignmentConfig(**{**SETTINGS, **settings})
+    write_job(tmp_path, config, str(job / "model"), tmp_path / "pairs.parquet", None, seed=0, threads=1)
+    done = launch(tmp_path, "--num-processes", 2, "--zero", 2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    preferences, _ = read_preferences(tmp_path / "pairs.parquet", None, 100, 128, config)
+    steps = training_steps(preferences, AlignmentConfig(**{**SETTINGS, **settings, "workers": 2}), seed=0)
+    wrong = np.array([np.mean([preferences.comparisons[row].epsilon for bin_ in step for row in bin_]) for step in steps])
+    margins = np.array(steps_of(tmp_path / "adapter", "margin"))
+    assert np.abs(margins).max() > 0.5
+    expected = (1 - wrong) * np.logaddexp(0, -margins) + wrong * np.logaddexp(0, margins)
+    np.testing.assert_allclose(steps_of(tmp_path / "adapter", "preference_loss"), expected, atol=1e-6)
 
 
 def test_the_launcher_refuses_what_it_cannot_do(job: Path) -> None:
@@ -69,20 +109,38 @@ def test_the_launcher_refuses_what_it_cannot_do(job: Path) -> None:
     assert "it is there already" in there.stdout + there.stderr
 
 
-def test_ray_train_agrees_and_hands_errors_back(job: Path) -> None:
-    damaged = job / "damaged"
+def kill_a_rank(checkpoint: Path) -> None:
+    """Waits for a checkpoint and kills one of the training workers."""
+    while not checkpoint.exists():
+        time.sleep(0.02)
+    workers = [child for child in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(child.cmdline())]
+    max(workers, key=lambda worker: worker.create_time()).kill()
+
+
+def test_ray_train_agrees_survives_a_lost_rank_and_hands_errors_back(job: Path, tmp_path: Path) -> None:
+    damaged, long = job / "damaged", tmp_path / "round-0"
     config = AlignmentConfig(**{**SETTINGS, "workers": 2})
     write_parquet(pa.table({"prompt": ["w1"]}), damaged / "pairs.parquet")
     bad = write_job(damaged, config, str(job / "model"), damaged / "pairs.parquet", None, seed=0, threads=1)
+    patient = AlignmentConfig(**{**SETTINGS, "epochs": 20})
+    of_long = write_job(long, patient, str(job / "model"), job / "pairs.parquet", None, seed=0, threads=1)
+    read_job(long).run(long / "one")
+    killer = threading.Thread(target=kill_a_rank, args=[long / ".adapter.checkpoints" / "checkpoint-6" / "complete"], daemon=True)
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     try:
         align_on_ray(job / "alignment.json", workers=2)
+        killer.start()
+        align_on_ray(of_long, workers=2)
         with pytest.raises(InputError, match="columns are missing"):
             align_on_ray(bad, workers=2, retries=0)
     finally:
         ray.shutdown()
     np.testing.assert_allclose(steps_of(job / "adapter")[:10], steps_of(job / "one")[:10], atol=1e-3)
     assert not (job / ".ray-train").exists()
+    assert not killer.is_alive()
+    assert json.loads((long / "adapter" / "summary.json").read_text())["resumed_from"] >= 6
+    one, resumed = (load_file(long / name / "adapter_model.safetensors") for name in ("one", "adapter"))
+    assert max(float((one[name] - resumed[name]).abs().max()) for name in one) < 1e-5
 
 
 def test_a_job_moves_with_its_folder_and_its_settings_are_checked(job: Path) -> None:

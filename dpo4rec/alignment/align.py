@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
 import dpo4rec
-from dpo4rec.alignment.checkpoints import LOG, prepare_folder
+from dpo4rec.alignment.checkpoints import LOG, prepare_folder, step_of
 from dpo4rec.alignment.config import AlignmentConfig
 from dpo4rec.alignment.pairs import read_preferences
 from dpo4rec.alignment.policy import add_reference_adapter, check_written, load_policy, whole_weights, write_policy
@@ -39,7 +39,7 @@ def align(
 
     Runs as one of WORLD_SIZE processes (RANK, LOCAL_RANK: set by the DeepSpeed launcher, torchrun or Ray Train), or alone.
     Gloo on CPU, NCCL on GPU. An interrupted run goes on from its newest complete checkpoint, in the hidden folder beside `out`,
-    if config and inputs are the same (without ZeRO also with another number of processes); `out` appears only when all is done and was
+    if config and inputs are the same, whatever the number of processes; `out` appears only when all is done and was
     read back. The reference's log-probabilities are kept in the hidden folder `.reference` beside `out`.
 
     Args:
@@ -88,14 +88,19 @@ def align(
     _finish(
         trainer,
         out,
-        {"pairs": len(preferences.comparisons), "dropped": dropped, "pairs_hash": job["pairs"]},
+        {
+            "pairs": len(preferences.comparisons),
+            "dropped": dropped,
+            "pairs_hash": job["pairs"],
+            "resumed_from": step_of(checkpoint) if checkpoint else 0,
+        },
         tokenizer if config.weights == "full" else None,
     )
 
 
 def _identity(config: AlignmentConfig) -> dict[str, Any]:
-    """What a checkpoint depends on: without ZeRO, whose checkpoints are one part a process, not the number of processes."""
-    return config.model_dump(mode="json", exclude=set() if config.zero_stage else {"workers"})
+    """What a checkpoint depends on: everything but the number of processes."""
+    return config.model_dump(mode="json", exclude={"workers"})
 
 
 def _finish(trainer: PreferenceTrainer, out: Path, summary: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> None:

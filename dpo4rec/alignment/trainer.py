@@ -15,7 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from dpo4rec.alignment.attention import BLOCK
 from dpo4rec.alignment.batches import Batch, Collator, ScheduledBins
-from dpo4rec.alignment.checkpoints import LOG, MarkComplete
+from dpo4rec.alignment.checkpoints import LOG, Checkpointing
 from dpo4rec.alignment.config import AlignmentConfig
 from dpo4rec.alignment.health import check_step
 from dpo4rec.alignment.objective import Losses, Objective
@@ -66,7 +66,7 @@ class PreferenceTrainer(Trainer):
         bins = [bin_ for step in steps for bin_ in step]
         self.collator = Collator(preferences, config.packing != "none", BLOCK if arguments.device.type == "cuda" else 1)
         super().__init__(
-            model=model, args=arguments, train_dataset=ScheduledBins(bins), data_collator=self._collate, callbacks=[MarkComplete()]
+            model=model, args=arguments, train_dataset=ScheduledBins(bins), data_collator=self._collate, callbacks=[Checkpointing()]
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # our loss is a mean: the Trainer divides it by the accumulation

@@ -98,7 +98,8 @@ class SequentialFit:
         for number, users in enumerate(batches):
             self._set_rate(epoch + number / len(batches))
             sequences = self.data.windows(users, self._window_ends(users), self.config.max_length)
-            loss = self._loss(sequences, users)
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bf16"):
+                loss = self._loss(sequences, users)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
