@@ -107,6 +107,21 @@ def test_the_retrieved_lists_are_the_retrievers(folder: Path) -> None:
         assert row["labels"] == [int(item == items[-1]) for item in row["candidates"]]
 
 
+def test_real_interactions_of_a_table_are_learned_and_ranked(real_data, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Amazon's games, which have neither ratings nor times, from Parquet to a table of metrics and a re-ranker on frozen lists."""
+    source = real_data("amazon-games-2018")
+    values = {**SMALL, "data": {"source": "table", "folder": str(source), "k_core": 5, "like_threshold": 0, "short_users": "drop"}}
+    values["data"] |= {"table": {"rating_column": None, "timestamp_column": "position"}, "max_users": 400, "max_lists_per_user": 2}
+    (tmp_path / "games.yaml").write_text(yaml.safe_dump(values))
+    call("fit", str(tmp_path / "R"), "--config", str(tmp_path / "games.yaml"), "--model", "sasrec")
+    call("fit", str(tmp_path / "R"), "--model", "prm", "--set", "recommender.user_signal=history", "--set", "recommender.item_text=false")
+    assert "cold" in call("evaluate", str(tmp_path / "R"))
+    summary = read_json(tmp_path / "R" / "evaluation" / "catalogue" / "summary.json")
+    assert summary["users"] == 400
+    assert read_json(tmp_path / "R" / "sequences" / "summary.json")["items"] > 10_000
+    assert 0 < summary["metrics"]["sasrec"]["hr@10"] < 1
+
+
 def test_a_file_of_candidates(folder: Path, tmp_path: Path) -> None:
     from dpo4rec.data.config import DataConfig, SimulationConfig
 
