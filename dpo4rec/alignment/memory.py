@@ -95,7 +95,7 @@ def _optimizer(settings: PreTrainedConfig, config: AlignmentConfig, sizes: Sizes
         return [Part("gradients", sizes.trained_bytes), Part("optimizer", 8 * n), Part("DDP buckets", buckets), Part("step", 4 * n, "step")]
     share, gradients = -(-n // config.workers), -(-sizes.trained_bytes // config.workers)
     states = share * (8 if stage == 3 and config.precision == "fp32" and not config.offload else 12)
-    bucket = Part("ZeRO buckets", _bucket_bytes(settings, config))
+    bucket = Part("ZeRO buckets", _bucket_bytes(settings, config), "always" if stage == 3 else "pass")
     if config.offload:
         return [bucket, Part("gradients", gradients + 4 * share, "cpu"), Part("optimizer", states, "cpu")]
     whole = sizes.trained_bytes if stage == 1 else 0

@@ -8,13 +8,14 @@ a GPT of hidden size h Korthikanti et al. 2022, arXiv 2205.05198, section 4.1, f
 
 import contextlib
 import copy
+import logging
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -22,6 +23,7 @@ from dpo4rec.alignment.config import AlignmentConfig
 from dpo4rec.alignment.policy import Policy, new_adapter, weights_dtype
 from dpo4rec.errors import InputError
 
+logging.getLogger(FakeTensorMode.__module__).setLevel(logging.CRITICAL)  # what fails is told by an InputError
 NAME = "counted"
 """The `attn_implementation` under which transformers finds `_counted_attention`."""
 TOKENS = 509
@@ -57,7 +59,7 @@ def sizes(settings: PreTrainedConfig, config: AlignmentConfig) -> Sizes:
     Where all layers have the same parameters, models of one and of two layers are counted, and each further layer counts like the second.
 
     Raises:
-        InputError: the architecture is not a language model's, or decides by the data what it computes (mixtures of experts).
+        InputError: the architecture is not a language model's, or its code does not run without numbers (some mixtures of experts).
     """
     try:
         with torch.device("meta"):
@@ -68,11 +70,11 @@ def sizes(settings: PreTrainedConfig, config: AlignmentConfig) -> Sizes:
             found = Sizes(**{name: first[name] + (depth - 1) * (second[name] - first[name]) for name in first})
         else:
             found = _counted(settings, config)
-    except (DataDependentOutputException, DynamicOutputShapeException, ValueError, TypeError, AttributeError) as error:
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:  # of any architecture's own code
         raise InputError(
             f"model {settings.model_type}",
-            f"its memory cannot be counted without running it ({type(error).__name__}: {error})",
-            "Plan with --shape: a dense model about as wide and deep",
+            f"its memory cannot be counted without running it in {config.precision} ({type(error).__name__}: {error})",
+            "Try the other alignment.precision, or --shape: a dense model about as wide and deep",
         ) from error
     if config.gradient_checkpointing:
         whole = sizes(settings, config.model_copy(update={"gradient_checkpointing": False}))
