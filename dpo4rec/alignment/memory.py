@@ -92,14 +92,24 @@ def _optimizer(settings: PreTrainedConfig, config: AlignmentConfig, sizes: Sizes
     n, stage = sizes.trained, config.zero_stage
     if not stage:
         buckets = sizes.trained_bytes if config.workers > 1 else 0
-        return [Part("gradients", sizes.trained_bytes), Part("optimizer", 8 * n), Part("DDP buckets", buckets), Part("step", 4 * n, "step")]
+        return [
+            Part("gradients", sizes.trained_bytes),
+            Part("optimizer", 8 * n),
+            Part("DDP buckets", buckets),
+            Part("AdamW's roots", 4 * n, "step"),
+        ]
     share, gradients = -(-n // config.workers), -(-sizes.trained_bytes // config.workers)
     states = share * (8 if stage == 3 and config.precision == "fp32" and not config.offload else 12)
     bucket = Part("ZeRO buckets", _bucket_bytes(settings, config), "always" if stage == 3 else "pass")
     if config.offload:
         return [bucket, Part("gradients", gradients + 4 * share, "cpu"), Part("optimizer", states, "cpu")]
     whole = sizes.trained_bytes if stage == 1 else 0
-    return [Part("gradients", whole + gradients), Part("optimizer", states), bucket, Part("step", 8 * share, "step")]
+    return [
+        Part("gradients", whole + gradients),
+        Part("optimizer", states),
+        bucket,
+        Part("AdamW's roots, gradients in float32", 8 * share, "step"),
+    ]
 
 
 def _bucket_bytes(settings: PreTrainedConfig, config: AlignmentConfig) -> int:

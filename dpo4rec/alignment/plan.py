@@ -141,20 +141,26 @@ COUNTED = {"weights", "lora_rank", "lora_targets", "quantization", "precision", 
 
 def _changes(config: AlignmentConfig, peak_of: Callable[[AlignmentConfig], int], space: int) -> list[dict[str, Any]]:
     """Single changes that help, each with its peak; where none is enough, as many of them as are, one after the other."""
-    found, together, now = [], {}, peak_of(config)
+    found: list[tuple[dict[str, Any], int]] = []
+    now = peak_of(config)
     for change in _candidates(config):
         changed = _changed(config, change)
-        if changed and (least := peak_of(changed)) < now:
-            found.append({"settings": change, "peak_bytes": least})
-    if found and min(one["peak_bytes"] for one in found) > space:
-        for one in found:
-            changed = _changed(config, together | one["settings"])
-            if changed and peak_of(changed) < now:
-                together, now = together | one["settings"], peak_of(changed)
-            if now <= space:
-                break
-        found.append({"settings": together, "peak_bytes": now})
-    return found
+        if changed and (size := peak_of(changed)) < now:
+            found.append((change, size))
+    if found and min(size for _, size in found) > space:
+        found.append(_together(config, [change for change, _ in found], peak_of, space))
+    return [{"settings": change, "peak_bytes": size} for change, size in found]
+
+
+def _together(
+    config: AlignmentConfig, changes: list[dict[str, Any]], peak_of: Callable[[AlignmentConfig], int], space: int
+) -> tuple[dict[str, Any], int]:
+    made, now = dict[str, Any](), peak_of(config)
+    for change in changes:
+        changed = _changed(config, made | change)
+        if now > space and changed and (size := peak_of(changed)) < now:
+            made, now = made | change, size
+    return made, now
 
 
 def _candidates(config: AlignmentConfig) -> Iterator[dict[str, Any]]:

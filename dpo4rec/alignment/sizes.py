@@ -104,7 +104,7 @@ def _counted(settings: PreTrainedConfig, config: AlignmentConfig) -> Sizes:
         parameters = sum(value.numel() for value in base.parameters())
         policy = cast(Policy, base if config.weights == "full" else get_peft_model(base, new_adapter(config)))
     if config.zero_stage and config.precision == "bf16":
-        policy.to(torch.bfloat16)  # so does DeepSpeed, with the adapter, too
+        cast(nn.Module, policy).to(torch.bfloat16)  # so does DeepSpeed, with the adapter, too
     trained = [value for value in policy.parameters() if value.requires_grad]
     frozen = [value for value in policy.parameters() if not value.requires_grad]
     looked_up = {id(module.weight) for module in base.modules() if isinstance(module, nn.Embedding)} - {id(head.weight)}

@@ -13,10 +13,8 @@ TIMES = {"always": "always", "pass": "in a pass", "step": "in the optimizer's st
 
 def plan_tables(found: dict[str, Any]) -> Group:
     """The parts of a GPU's memory, the verdict, what to change, and the time."""
-    title = (
-        f"Memory of each GPU: {found['parameters']:,} parameters, {found['trained']:,} trained, {found['tokens_per_pass']:,} tokens a pass"
-    )
-    table = Table(title=title, title_justify="left")
+    title = f"{found['parameters']:,} parameters, {found['trained']:,} trained; each GPU, {found['tokens_per_pass']:,} tokens a pass"
+    table = Table()
     table.add_column("part")
     table.add_column("GiB", justify="right")
     table.add_column("when")
