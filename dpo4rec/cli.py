@@ -1,6 +1,7 @@
 """Teach a language model, by the recommender's own feedback, to write the user text that makes it rank better."""
 
 import contextlib
+import json
 import logging
 import os
 import traceback
@@ -197,6 +198,43 @@ def compare(
     from dpo4rec.report.compare import print_comparison
 
     print_comparison(compared(first, second, metric or ()))
+
+
+@app.command()
+@guarded
+def plan(
+    model: Annotated[str | None, typer.Option(help="folder or hub name; only its config.json is read [default: llm.name]")] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(help="instead: hidden=4096,layers=32,heads=32,kv_heads=8,intermediate=14336,vocabulary=128256[,tied]"),
+    ] = None,
+    preset: Preset = None,
+    config: File = None,
+    set_: Settings = None,
+    gpu_memory_gib: Annotated[float, typer.Option(min=1, help="of one GPU")] = 80.0,
+    pairs: Annotated[int, typer.Option(min=1, help="preference pairs")] = 10_000,
+    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="of a prompt [default: what max_tokens leaves]")] = None,
+    answer_tokens: Annotated[int | None, typer.Option(min=1, help="of an answer [default: max_new_tokens]")] = None,
+    tokens_per_second: Annotated[float | None, typer.Option(min=0, help="measured, of all workers together")] = None,
+    measured: Annotated[Path | None, typer.Option(help="a finished run's R/round-0/adapter/summary.json: read them from it")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
+) -> None:
+    """Memory of each GPU and time of an alignment run, before anything runs; and what to change where it does not fit."""
+    from dpo4rec.alignment.memory import Pairs
+    from dpo4rec.alignment.plan import measured_speed, model_of, plan
+    from dpo4rec.config import resolve
+    from dpo4rec.report.plan import print_plan
+
+    source = [] if preset or config else ["data.source=simulation"]  # which data does not matter here
+    resolved = resolve(preset, config, source + (set_ or []))
+    answer = answer_tokens or resolved.sampling.decoding.max_new_tokens
+    size = Pairs(pairs, prompt_tokens or resolved.alignment.max_tokens - answer, answer)
+    speed = measured_speed(tokens_per_second, measured)
+    found = plan(model_of(model, shape, resolved.llm), resolved.alignment, size, gpu_memory_gib, speed)
+    if json_:
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        print_plan(found)
 
 
 def _resolved(

@@ -63,7 +63,7 @@ def align(
         )
     if threads is not None:
         torch.set_num_threads(threads)
-    settings = _model_settings(model)
+    settings = model_settings(model)
     longest = min(config.max_tokens, getattr(settings, "max_position_embeddings", config.max_tokens))
     tokenizer = _tokenizer(model)
     preferences, dropped = read_preferences(pairs, tokenizer, settings.vocab_size, longest, config)
@@ -139,7 +139,8 @@ def _check_processes(config: AlignmentConfig) -> None:
         )
 
 
-def _model_settings(model: str) -> PreTrainedConfig:
+def model_settings(model: str) -> PreTrainedConfig:
+    """The configuration of a folder or hub name. Raises `InputError` when it cannot be read."""
     try:
         return AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:

@@ -36,9 +36,7 @@ def load_policy(config: AlignmentConfig, model: str, initial_adapter: Path | Non
     if config.weights == "full":
         policy: Policy = base
     elif initial_adapter is None:
-        targets = config.lora_targets if isinstance(config.lora_targets, str) else list(config.lora_targets)
-        lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=targets, task_type="CAUSAL_LM")
-        policy = get_peft_model(base, lora)
+        policy = get_peft_model(base, new_adapter(config))
     else:
         _check_adapter(config, initial_adapter)
         policy = PeftModel.from_pretrained(base, initial_adapter, is_trainable=True)
@@ -46,6 +44,17 @@ def load_policy(config: AlignmentConfig, model: str, initial_adapter: Path | Non
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return policy
+
+
+def weights_dtype(config: AlignmentConfig) -> torch.dtype:
+    """What the model is loaded in. Full weights keep float32 masters, whatever the precision."""
+    return torch.bfloat16 if config.precision == "bf16" and config.weights == "lora" else torch.float32
+
+
+def new_adapter(config: AlignmentConfig) -> LoraConfig:
+    """The adapter that a first round trains."""
+    targets = config.lora_targets if isinstance(config.lora_targets, str) else list(config.lora_targets)
+    return LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=targets, task_type="CAUSAL_LM")
 
 
 def add_reference_adapter(policy: Policy, folder: Path) -> None:
@@ -102,8 +111,7 @@ def check_written(policy: Policy, weights: dict[str, Tensor], folder: Path) -> i
 
 
 def _load_base(config: AlignmentConfig, model: str, device: torch.device) -> PreTrainedModel:
-    half = config.precision == "bf16" and config.weights == "lora"  # full weights keep float32 masters
-    dtype = torch.bfloat16 if half else torch.float32
+    dtype = weights_dtype(config)
     options: dict[str, object] = {}
     if config.quantization == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
