@@ -145,6 +145,10 @@ def test_a_file_of_candidates(folder: Path, tmp_path: Path) -> None:
         wrong = pa.Table.from_pylist([{**given[0], **change}, *given[1:]])
         with pytest.raises(InputError, match=cause):
             prepare_retrieved(sequences, wrong, RetrievedConfig(file="x", length=12), data, 0, tmp_path / "wrong")
+    more = pa.concat_tables([table, pa.Table.from_pylist([{**given[0], "user_id": "of another sample"}])])
+    sampled = data.model_copy(update={"max_users": len(users)})
+    summary = prepare_retrieved(sequences, more, RetrievedConfig(file="x", length=12), sampled, 0, tmp_path / "sampled")
+    assert summary["lists"] == len(users)
 
 
 @pytest.mark.parametrize(

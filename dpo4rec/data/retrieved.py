@@ -66,14 +66,18 @@ def prepare_retrieved(
         candidates: schema `CANDIDATES`.
 
     Raises:
-        InputError: a user or item is unknown, a user has fewer than `length` candidates, or targets are not one a user.
+        InputError: a user (unless `data.max_users` takes a sample of them) or item is unknown, no user is known, a user has fewer than `length` candidates, or targets are not one a user.
     """
     table = read_parquet(sequences / "sequences.parquet")
     items, users = read_parquet(sequences / "items.parquet"), table["user_id"].combine_chunks()
+    if data.max_users is not None:  # the candidates may be of all users, the data are of some
+        candidates = candidates.filter(pc.is_in(candidates["user_id"], users))
     rows = _rows(candidates, users)
     held, before = _targets(table)
     lists = _lists(candidates, rows, held, items["item_id"], users, config, seed)
     kept = np.sort(np.flatnonzero(rows >= 0))
+    if not len(kept):
+        raise InputError("candidates", "none of their users is in the data", "Give candidates for this data's users")
     splits = split_users(len(kept), data.validation_share, data.test_share, seed)
     chosen = users.take(pa.array(kept))
     write_parquet(items, out / "items.parquet")
