@@ -66,7 +66,8 @@ def prepare_retrieved(
         candidates: schema `CANDIDATES`.
 
     Raises:
-        InputError: a user (unless `data.max_users` takes a sample of them) or item is unknown, no user is known, a user has fewer than `length` candidates, or targets are not one a user.
+        InputError: a user or item is unknown (users may be where `data.max_users` takes a sample), no user is known, a user has fewer
+            than `length` candidates, or targets are not one a user.
     """
     table = read_parquet(sequences / "sequences.parquet")
     items, users = read_parquet(sequences / "items.parquet"), table["user_id"].combine_chunks()
