@@ -181,7 +181,7 @@ def low_words(users: list[str], texts: list[str], finished: list[bool]) -> list[
     return [sum(int(word[1:]) < 50 for word in text.split() if word[0] == "w") / max(1, len(text.split())) for text in texts]
 
 
-GRPO: dict[str, Any] = {"method": "grpo", "grpo": {"samples": 4}, "epochs": 4, "learning_rate": 2e-2, "tokens_per_batch": 256}
+GRPO: dict[str, Any] = {"method": "grpo", "grpo": {"samples": 4}, "epochs": 4, "learning_rate": 1e-2, "weights": "full"}
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +192,7 @@ def reinforced(model: str, table: Path, tmp_path_factory: pytest.TempPathFactory
 def test_grpo_raises_its_reward(reinforced: Path) -> None:
     rewards = steps_of(reinforced, "reward")
     assert len(rewards) == 12
-    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.15
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.12
     assert read_json(reinforced / "summary.json")["prompts"] == PROMPTS
 
 
@@ -210,7 +210,7 @@ def test_grpo_goes_on_where_it_was_killed(model: str, table: Path, reinforced: P
     assert set(calls) == {32}  # a step's texts at once
     out = run(model, table, tmp_path / "adapter", low_words, **GRPO)
     assert log_of(out) == log_of(reinforced)
-    assert (out / "adapter_model.safetensors").read_bytes() == (reinforced / "adapter_model.safetensors").read_bytes()
+    assert (out / "model.safetensors").read_bytes() == (reinforced / "model.safetensors").read_bytes()
 
 
 def test_grpo_samples_from_the_ids_of_the_table_whatever_the_text(model: str, reinforced: Path, tmp_path: Path) -> None:
@@ -218,9 +218,11 @@ def test_grpo_samples_from_the_ids_of_the_table_whatever_the_text(model: str, re
     assert log_of(out) == log_of(reinforced)
 
 
-@pytest.mark.parametrize("changes", [{"weights": "full"}, {"gradient_checkpointing": True}, {"quantization": "nf4"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"weights": "full"}, {"gradient_checkpointing": True}, {"quantization": "nf4"}, {"precision": "bf16"}], ids=str
+)
 def test_variants_reinforce_too_and_stay_near_where_they_started(model: str, table: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
-    settings = {**GRPO, "epochs": 1, "grpo": {"samples": 4, "kl_weight": 0.1}, **changes}
+    settings = {**GRPO, "weights": "lora", "epochs": 1, "grpo": {"samples": 4, "kl_weight": 0.1}, **changes}
     out = run(model, table, tmp_path / "a", low_words, **settings)
     kl = steps_of(out, "kl")
     assert kl[0] == pytest.approx(0, abs=1e-4)
@@ -257,7 +259,7 @@ def test_bad_tables_and_rewards_are_refused(model: str, tmp_path: Path) -> None:
         ({"standardised": None}, "standardised is missing"),
         ({"standardised": [math.nan]}, "row 0.*finite"),
         ({"completion_ids": [[100]]}, "row 0.*ids outside"),
-        ({"completion_ids": [[]]}, "no answer is left"),
+        ({"completion_ids": [[6] * 200]}, "no answer is left.*too_long"),
     ):
         write_parquet(pa.table({name: values for name, values in (good | columns).items() if values is not None}), path)
         with pytest.raises(InputError, match=says):

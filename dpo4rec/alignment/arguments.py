@@ -42,7 +42,6 @@ def training_arguments(
         "max_grad_norm": config.max_grad_norm,
         "optim": "adamw_torch",
         "bf16": config.precision == "bf16",
-        "gradient_checkpointing": False,  # `load_policy` has seen to it
         "use_cpu": not cuda,
         "ddp_backend": ("nccl" if cuda else "gloo") if config.workers > 1 else None,
         "ddp_find_unused_parameters": False,

@@ -62,7 +62,9 @@ def grpo_arguments(config: AlignmentConfig, decoding: Decoding, rows: int) -> di
         "top_k": decoding.top_k,
         "max_completion_length": decoding.max_new_tokens,
         "shuffle_dataset": False,  # the prompts already lie in the order of training
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},  # TRL switches it off to sample, and with these on again
+        "gradient_checkpointing": False,  # `load_policy` has seen to it
+        # TRL switches it off to sample, and with these on again
+        **({"gradient_checkpointing_kwargs": {"use_reentrant": False}} if config.gradient_checkpointing else {}),
     }
 
 

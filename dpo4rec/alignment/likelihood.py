@@ -25,8 +25,8 @@ from dpo4rec.alignment.schedule import Bin, cut, longest_first, schedule
 
 IGNORED = -100
 """Label of positions that do not count in the loss."""
-ARGUMENTS: dict[str, Any] = {"dataset_kwargs": {"skip_prepare_dataset": True}}
-"""Of SFTConfig: the rows are ready."""
+ARGUMENTS: dict[str, Any] = {"dataset_kwargs": {"skip_prepare_dataset": True}, "gradient_checkpointing": False}
+"""Of SFTConfig: the rows are ready, and `load_policy` has seen to the checkpointing of activations."""
 
 
 def likelihood_steps(answers: Answers, config: AlignmentConfig, seed: int) -> list[list[Bin]]:
