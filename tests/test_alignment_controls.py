@@ -15,6 +15,7 @@ from peft import get_peft_model_state_dict
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from test_alignment import SETTINGS, make_model, make_rows, steps_of
+from test_alignment_processes import launch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
@@ -316,6 +317,16 @@ def test_the_reward_of_grpo_is_that_of_the_score_stage(grpo_run: Path, tmp_path:
     samples = [row for row in read_parquet(grpo_run / "round-0" / "samples").to_pylist() if (row["user_id"], row["sample"]) in scores]
     users, texts, finished = ([row[name] for row in samples] for name in ("user_id", "text", "finished"))
     np.testing.assert_allclose(reward(users, texts, finished), list(scores.values()), atol=1e-5)
+
+
+def test_two_processes_of_the_launcher_find_the_reward(grpo_run: Path) -> None:
+    out = grpo_run / "round-0" / "by-launcher"
+    done = launch(grpo_run / "round-0", "--num-processes", 2, "--zero", 2, "--out", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    one = grpo_run / "round-0" / "adapter"
+    assert len(steps_of(out)) == len(steps_of(one))
+    assert np.mean(steps_of(out, "reward")) == pytest.approx(np.mean(steps_of(one, "reward")), abs=0.1)
+    assert read_json(out / "summary.json")["zero_stage"] == 2
 
 
 def test_a_text_out_of_form_is_rewarded_below_all_others_of_its_user(grpo_run: Path) -> None:

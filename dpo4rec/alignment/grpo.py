@@ -17,7 +17,7 @@ from dpo4rec.alignment.answers import Prompt
 from dpo4rec.alignment.checkpoints import MarkComplete
 from dpo4rec.alignment.config import AlignmentConfig
 from dpo4rec.alignment.online import Online
-from dpo4rec.alignment.policy import Policy
+from dpo4rec.alignment.policy import Policy, needs_reentrant
 from dpo4rec.alignment.policy_trainer import PolicyTrainer, unrounded
 from dpo4rec.alignment.schedule import schedule
 from dpo4rec.knowledge.config import Decoding
@@ -64,7 +64,7 @@ def grpo_arguments(config: AlignmentConfig, decoding: Decoding, rows: int) -> di
         "shuffle_dataset": False,  # the prompts already lie in the order of training
         "gradient_checkpointing": False,  # `load_policy` has seen to it
         # TRL switches it off to sample, and with these on again
-        **({"gradient_checkpointing_kwargs": {"use_reentrant": False}} if config.gradient_checkpointing else {}),
+        **({"gradient_checkpointing_kwargs": {"use_reentrant": needs_reentrant(config)}} if config.gradient_checkpointing else {}),
     }
 
 
@@ -114,12 +114,12 @@ class RewardTrainer(PolicyTrainer, GRPOTrainer):
             )
         self.remove_callback(PrinterCallback)
 
-    def reward(self, completion_ids: list[list[int]], user_id: list[str], **_: Any) -> list[float]:
+    def reward(self, completion_ids: list[list[int]], user_id: list[str], **_: Any) -> list[float | None]:
         """The rewards of sampled tokens, as texts: the end token is no part of a text, and a text without one is unfinished."""
         finished = [ids[-1] in self.eos_token_ids for ids in completion_ids]
         answers = [ids[:-1] if done else ids for ids, done in zip(completion_ids, finished, strict=True)]
         texts = [str(self._tokenizer.decode(ids, skip_special_tokens=False)).strip() for ids in answers]
-        return self.online.reward(user_id, texts, finished)
+        return [*self.online.reward(user_id, texts, finished)]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Writes the step's line, with TRL's figures; the Trainer's closing summary is not a step."""
