@@ -91,6 +91,10 @@ class Config(Settings):
             raise ValueError(
                 "reward.kind=log_likelihood needs recommender.loss=bce: a softmax over a list leaves the level of its logits free"
             )
+        if self.alignment.method != "preference":
+            unread = {"pairs_per_user", "keep_share", "orientation"} & self.pairs.model_dump(exclude_defaults=True).keys()
+            if unread:
+                raise ValueError(f"pairs.{min(unread)} would be ignored: alignment.method={self.alignment.method} trains on no pairs")
         if self.llm.quantization != self.alignment.quantization:
             raise ValueError("llm.quantization and alignment.quantization must be the same: texts come from the model that is trained")
         return self

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import torch
 
 from dpo4rec import files
-from dpo4rec.alignment.job import read_job, write_job
+from dpo4rec.alignment.job import OnlineSettings, read_job, write_job
 from dpo4rec.cluster.pool import Units, cut, map_units, start_ray
 from dpo4rec.config import FREE, Config
 from dpo4rec.data.prepare import prepare
@@ -26,12 +26,16 @@ from dpo4rec.knowledge.prompts import item_prompt_table, prompt_table
 from dpo4rec.knowledge.sampling import Sampler, SamplerConfig
 from dpo4rec.knowledge.tiny import warm_up
 from dpo4rec.preference.agreement import rank_correlation
+from dpo4rec.preference.answers import make_answers
+from dpo4rec.preference.online import OnlineRewardConfig, write_settings
 from dpo4rec.preference.pairs import make_pairs
 from dpo4rec.preference.reward import Scorer, ScorerConfig, fold_users
 from dpo4rec.recommenders.fitter import FitJob, Fitter, FitterConfig, job_unit
 from dpo4rec.run_folder import RunFolder
 
 Report = dict[str, Any]
+TABLES = {"preference": "pairs.parquet"} | dict.fromkeys(("rejection_sampling", "reward_weighted", "grpo"), "answers.parquet")
+"""The file of a round's `pairs` folder that each method trains on."""
 
 
 @dataclass(frozen=True)
@@ -165,15 +169,7 @@ class Run:
 
     def score(self, round_: int) -> Report:
         """The recommender's feedback on every text."""
-        config, here = self.config, self.folder / f"round-{round_}"
-        reward = config.reward
-        scorer = ScorerConfig(
-            reward=reward,
-            data=str(self.folder / "data"),
-            item_vectors=str(self.item_vectors),
-            recommenders=[[str(here / "recommender" / f"fold-{f}-seed-{s}") for s in range(reward.seeds)] for f in range(reward.folds)],
-            user_folds=self._user_folds,
-        )
+        here, scorer = self.folder / f"round-{round_}", self._scorer(round_)
         vectors = read_parquet_units(here / "vectors")
         units = [(name, table.filter(pc.is_in(table["user_id"], pa.array(list(self._user_folds))))) for name, table in vectors]
 
@@ -187,32 +183,42 @@ class Run:
             return report
 
         inputs = [here / "vectors", here / "recommender", self.item_vectors]
-        return self.stage(f"round-{round_}/score", reward, inputs, [here / "scores"], work)
+        return self.stage(f"round-{round_}/score", self.config.reward, inputs, [here / "scores"], work)
+
+    def _scorer(self, round_: int) -> ScorerConfig:
+        reward, fits = self.config.reward, self.folder / f"round-{round_}" / "recommender"
+        return ScorerConfig(
+            reward=reward,
+            data=str(self.folder / "data"),
+            item_vectors=str(self.item_vectors),
+            recommenders=[[str(fits / f"fold-{fold}-seed-{seed}") for seed in range(reward.seeds)] for fold in range(reward.folds)],
+            user_folds=self._user_folds,
+        )
 
     def pair(self, round_: int) -> Report:
-        """Best and worst text of each training user."""
+        """Best and worst text of each training user, and the table of all scored texts, on which the controls train."""
         config, here = self.config, self.folder / f"round-{round_}"
         pairs = here / "pairs" / "pairs.parquet"
 
         def work() -> Report:
             samples = self.with_form(read_parquet(here / "samples"))
             prompts = self._prompts_of(["train"])
-            table, report = make_pairs(
-                config.pairs, prompts, samples, read_parquet(here / "scores"), stable_seed(config.seed, "pairs", round_)
-            )
+            scores = read_parquet(here / "scores")
+            table, report = make_pairs(config.pairs, prompts, samples, scores, stable_seed(config.seed, "pairs", round_))
             files.write_parquet(table, pairs)
+            files.write_parquet(make_answers(config.pairs, prompts, samples, scores), pairs.with_name("answers.parquet"))
             self._write_job(round_)  # by which launchers/align.sh can align, too
             return report
 
-        outputs = [pairs.parent, here / "alignment.json"]
+        outputs = [pairs.parent, here / "alignment.json", *self._reward_files(round_)]
         return self.stage(f"round-{round_}/pair", config.pairs, [here / "samples", here / "scores"], outputs, work)
 
     def align(self, round_: int) -> Report:
-        """The next policy: DPO on the pairs, the reference being the policy that wrote them."""
+        """The next policy: DPO on the pairs, the reference being the policy that wrote them, or one of the controls."""
         config, here, policy = self.config, self.folder / f"round-{round_}", self.policy(round_)
 
         def work() -> Report:
-            if aligned_with(here) == content_hash(here / "pairs" / "pairs.parquet"):
+            if aligned_with(here) == content_hash(self._table(round_)):
                 return {"by": "launcher"}  # launchers/align.sh has done it, with these pairs
             files.remove(here / "adapter")
             job = self._write_job(round_)
@@ -226,12 +232,34 @@ class Run:
             return {"by": "driver"}
 
         settings = {"alignment": config.alignment.model_dump(mode="json"), "threads": config.cluster.training_threads}
-        return self.stage(f"round-{round_}/align", settings, [here / "pairs", *policy.files], [here / "adapter"], work)
+        inputs = [here / "pairs", *policy.files, *self._reward_files(round_)]
+        return self.stage(f"round-{round_}/align", settings, inputs, [here / "adapter"], work)
+
+    def _table(self, round_: int) -> Path:
+        """What the configured method trains on."""
+        return self.folder / f"round-{round_}" / "pairs" / TABLES[self.config.alignment.method]
+
+    def _reward_files(self, round_: int) -> list[Path]:
+        """The settings of the reward, for the method that samples as it trains."""
+        return [self.folder / f"round-{round_}" / "reward.json"] if self.config.alignment.method == "grpo" else []
 
     def _write_job(self, round_: int) -> Path:
         config, here, policy = self.config, self.folder / f"round-{round_}", self.policy(round_)
         seed, threads = stable_seed(config.seed, "align", round_), config.cluster.training_threads
-        return write_job(here, config.alignment, policy.source, here / "pairs" / "pairs.parquet", policy.adapter, seed, threads)
+        online = None
+        for file in self._reward_files(round_):
+            write_settings(self._online_reward(round_), file)
+            online = OnlineSettings(decoding=config.sampling.decoding, worker="dpo4rec.preference.online.OnlineReward", settings=str(file))
+        return write_job(here, config.alignment, policy.source, self._table(round_), policy.adapter, seed, threads, online=online)
+
+    def _online_reward(self, round_: int) -> OnlineRewardConfig:
+        names = self._claim_names
+        return OnlineRewardConfig(
+            scorer=self._scorer(round_),
+            encoder=self._encoder,
+            format_gate=self.config.pairs.format_gate,
+            names={kind: sorted(of) for kind, of in names.items()} if names is not None else None,
+        )
 
     # -- what the rounds and the evaluation share -------------------------------------------------------------------------------
 
@@ -356,7 +384,7 @@ class Run:
         return report
 
     def with_form(self, samples: pa.Table) -> pa.Table:
-        form = Form(self.catalogue.names if self.config.llm.built_in else None)
+        form = Form(self._claim_names)
         verdicts = [
             form(text, finished) for text, finished in zip(samples["text"].to_pylist(), samples["finished"].to_pylist(), strict=True)
         ]
@@ -368,6 +396,11 @@ class Run:
     def catalogue(self) -> Catalogue:
         items = read_parquet(self.folder / "data" / "items.parquet")
         return Catalogue(items, self._histories("train")["item_ids"].to_pylist())
+
+    @property
+    def _claim_names(self) -> dict[str, set[str]] | None:
+        """For the built-in model, the names that well-formed texts may use."""
+        return self.catalogue.names if self.config.llm.built_in else None
 
     @cached_property
     def _users(self) -> pa.Table:

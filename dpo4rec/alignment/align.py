@@ -1,21 +1,25 @@
-"""One alignment run in the current process: pairs in, adapter or full model out."""
+"""One alignment run in the current process: a table in, adapter or full model out."""
 
 import json
 import logging
 import os
 import shutil
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
-import dpo4rec
+from dpo4rec.alignment.answers import read_answers, read_prompts
+from dpo4rec.alignment.arguments import release_shared_memory, training_arguments
 from dpo4rec.alignment.checkpoints import LOG, prepare_folder, step_of
 from dpo4rec.alignment.config import AlignmentConfig
+from dpo4rec.alignment.online import Online
 from dpo4rec.alignment.pairs import read_preferences
-from dpo4rec.alignment.policy import add_reference_adapter, check_written, load_policy, whole_weights, write_policy
+from dpo4rec.alignment.policy import Policy, add_reference_adapter, check_written, load_policy, whole_weights, write_policy
+from dpo4rec.alignment.policy_trainer import PolicyTrainer
 from dpo4rec.alignment.reference import reference_key
 from dpo4rec.alignment.schedule import training_steps
 from dpo4rec.alignment.trainer import PreferenceTrainer
@@ -23,6 +27,8 @@ from dpo4rec.errors import InputError
 from dpo4rec.files import atomic, content_hash, remove, stable_seed, write_json
 
 logger = logging.getLogger(__name__)
+Built = tuple[PolicyTrainer, Path | None, dict[str, Any]]
+"""A trainer, the checkpoint to resume from, and what the summary says of the data."""
 
 
 def align(
@@ -34,6 +40,7 @@ def align(
     out: Path,
     threads: int | None = None,
     round_0_adapter: Path | None = None,
+    online: Online | None = None,
 ) -> None:
     """Trains `model` on `pairs` and writes a PEFT adapter (or the full model) to `out`, with `training_log.jsonl` and `summary.json`.
 
@@ -45,16 +52,19 @@ def align(
     Args:
         config: settings; `workers` must be the number of processes.
         model: folder or hub name of a causal language model.
-        pairs: Parquet file or folder, see `read_preferences`.
+        pairs: Parquet file or folder, see `read_preferences`; for the other methods a table of answers, see `read_answers` and
+            `read_prompts`.
         initial_adapter: adapter to go on with.
         seed: order of the pairs and initial adapter.
         out: folder to write.
         threads: CPU threads of this process; unchanged if None.
         round_0_adapter: the adapter that round 0 started from, for `reference: round_0`; None: it had none.
+        online: for `method: grpo`: how it samples, and its reward.
 
     Raises:
-        InputError: pairs, model or adapter cannot be used, or the number of processes is not the configured one.
-        RuntimeError: training went wrong (see `PreferenceTrainer`) or `out` does not hold what was trained.
+        InputError: pairs, model or adapter cannot be used, `online` is not what the method needs, or the number of processes is not the
+            configured one.
+        RuntimeError: training went wrong (see `check_step`) or `out` does not hold what was trained.
     """
     _check_processes(config)
     if config.weights == "full" and initial_adapter is not None:
@@ -63,47 +73,126 @@ def align(
         )
     if threads is not None:
         torch.set_num_threads(threads)
-    settings = model_settings(model)
-    longest = min(config.max_tokens, getattr(settings, "max_position_embeddings", config.max_tokens))
-    tokenizer = _tokenizer(model)
-    preferences, dropped = read_preferences(pairs, tokenizer, settings.vocab_size, longest, config)
-    steps = training_steps(preferences, config, seed)
-    logger.info("%d comparisons, dropped %s, %d steps of %d passes", len(preferences.comparisons), dropped, len(steps), len(steps[0]))
+    start = Start(config, model, pairs, initial_adapter, seed, out)
+    trainer, checkpoint, summary = _built(start, round_0_adapter, online)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    summary |= {"pairs_hash": content_hash(pairs), "resumed_from": step_of(checkpoint) if checkpoint else 0}
+    _finish(trainer, out, summary, start.tokenizer if config.weights == "full" else None)
+    release_shared_memory()
 
-    folder = out.with_name(f".{out.name}.checkpoints")
-    # sets up the process group and ZeRO-3, so comes before the model
-    arguments = _arguments(config, folder, len(steps), len(steps[0]) // config.workers, seed)
-    reference_adapter = {"initial_adapter": initial_adapter, "base": None, "round_0": round_0_adapter}[config.reference]
-    job: dict[str, Any] = {"config": _identity(config), "model": model, "seed": seed, "pairs": content_hash(pairs)}
-    job |= {name: content_hash(path) if path else None for name, path in (("initial", initial_adapter), ("reference", reference_adapter))}
-    checkpoint = prepare_folder(folder, job, arguments)
-    torch.manual_seed(stable_seed(seed, "adapter"))
-    policy = load_policy(config, model, initial_adapter, arguments.device)
+
+@dataclass(frozen=True)
+class Start:
+    """What a run of any method begins with; the fields are the arguments of `align`."""
+
+    config: AlignmentConfig
+    model: str
+    table: Path
+    initial_adapter: Path | None
+    seed: int
+    out: Path
+
+    @property
+    def folder(self) -> Path:
+        """Of the checkpoints."""
+        return self.out.with_name(f".{self.out.name}.checkpoints")
+
+    @cached_property
+    def model_settings(self) -> PreTrainedConfig:
+        return model_settings(self.model)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        return _tokenizer(self.model)
+
+    @property
+    def needed_tokenizer(self) -> PreTrainedTokenizerBase:
+        """For TRL's trainers."""
+        if self.tokenizer is None:
+            raise InputError(f"model {self.model}", "it has no tokenizer", f"alignment.method={self.config.method} needs one beside it")
+        return self.tokenizer
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text that is trained on."""
+        return min(self.config.max_tokens, getattr(self.model_settings, "max_position_embeddings", self.config.max_tokens))
+
+    def load(self, arguments: TrainingArguments, reference_adapter: Path | None = None, **more: Any) -> tuple[Policy, Path | None]:
+        """The policy, and the checkpoint to resume from if there is one of the same job (`more` belongs to what makes a job)."""
+        job: dict[str, Any] = {"config": _identity(self.config), "model": self.model, "seed": self.seed}
+        adapters = {"initial": self.initial_adapter, "reference": reference_adapter}
+        job |= {"pairs": content_hash(self.table), **{name: content_hash(path) if path else None for name, path in adapters.items()}}
+        checkpoint = prepare_folder(self.folder, job | more, arguments)
+        torch.manual_seed(stable_seed(self.seed, "adapter"))
+        return load_policy(self.config, self.model, self.initial_adapter, arguments.device), checkpoint
+
+
+def _built(start: Start, round_0_adapter: Path | None, online: Online | None) -> Built:
+    method = start.config.method
+    if (method == "grpo") != (online is not None):
+        raise InputError("alignment.method", f"{method} was given {'a' if online else 'no'} reward", "GRPO needs one, the others have none")
+    if online is not None:
+        return _reinforcement(start, online)
+    return _preference(start, round_0_adapter) if method == "preference" else _likelihood(start)
+
+
+def _preference(start: Start, round_0_adapter: Path | None) -> Built:
+    config = start.config
+    preferences, dropped = read_preferences(start.table, start.tokenizer, start.model_settings.vocab_size, start.longest, config)
+    steps = training_steps(preferences, config, start.seed)
+    logger.info("%d comparisons, dropped %s, %d steps of %d passes", len(preferences.comparisons), dropped, len(steps), len(steps[0]))
+    arguments = training_arguments(TrainingArguments, config, start.folder, len(steps), len(steps[0]) // config.workers, start.seed)
+    reference_adapter = {"initial_adapter": start.initial_adapter, "base": None, "round_0": round_0_adapter}[config.reference]
+    policy, checkpoint = start.load(arguments, reference_adapter)
     if reference_adapter and config.reference == "round_0":
         add_reference_adapter(policy, reference_adapter)
-    reference = out.parent / ".reference" / f"{reference_key(config, model, reference_adapter, preferences)}.safetensors"
-    alike = config.objective != "simpo" and job["initial"] == job["reference"]
+    reference = start.out.parent / ".reference" / f"{reference_key(config, start.model, reference_adapter, preferences)}.safetensors"
+    hashes = [content_hash(path) if path else None for path in (start.initial_adapter, reference_adapter)]
+    alike = config.objective != "simpo" and hashes[0] == hashes[1]
     trainer = PreferenceTrainer(config, policy, arguments, preferences, steps, len(steps) // config.epochs, reference, alike)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    _finish(
-        trainer,
-        out,
-        {
-            "pairs": len(preferences.comparisons),
-            "dropped": dropped,
-            "pairs_hash": job["pairs"],
-            "resumed_from": step_of(checkpoint) if checkpoint else 0,
-        },
-        tokenizer if config.weights == "full" else None,
-    )
+    return trainer, checkpoint, {"pairs": len(preferences.comparisons), "dropped": dropped}
+
+
+def _likelihood(start: Start) -> Built:
+    from trl import SFTConfig  # takes seconds to import, which a run on pairs need not spend
+
+    from dpo4rec.alignment.likelihood import ARGUMENTS, LikelihoodTrainer, likelihood_steps
+
+    config = start.config
+    answers, dropped = read_answers(start.table, start.model_settings.vocab_size, start.longest, config)
+    steps = likelihood_steps(answers, config, start.seed)
+    logger.info("%d answers, dropped %s, %d steps of %d passes", len(answers.answers), dropped, len(steps), len(steps[0]))
+    passes = len(steps[0]) // config.workers
+    arguments = training_arguments(SFTConfig, config, start.folder, len(steps), passes, start.seed, **ARGUMENTS)
+    policy, checkpoint = start.load(arguments)
+    trainer = LikelihoodTrainer(config, policy, arguments, answers, steps, start.needed_tokenizer)
+    return trainer, checkpoint, {"prompts": len(answers.prompts), "answers": len(answers.answers), "dropped": dropped}
+
+
+def _reinforcement(start: Start, online: Online) -> Built:
+    from trl import GRPOConfig
+
+    from dpo4rec.alignment.grpo import RewardTrainer, grpo_arguments, rows_of_a_pass
+
+    config, decoding = start.config, online.decoding
+    prompts, dropped = read_prompts(start.table, start.model_settings.vocab_size, start.longest - decoding.max_new_tokens)
+    rows = rows_of_a_pass(config, max(len(prompt.ids) for prompt in prompts) + decoding.max_new_tokens)
+    passes = config.pairs_per_step * config.grpo.samples // (rows * config.workers)
+    steps = -(-len(prompts) // config.pairs_per_step) * config.epochs
+    logger.info("%d prompts, dropped %s, %d steps of %d passes of %d texts", len(prompts), dropped, steps, passes, rows)
+    more = grpo_arguments(config, decoding, rows)
+    arguments = training_arguments(GRPOConfig, config, start.folder, steps, passes, start.seed, **more)
+    policy, checkpoint = start.load(arguments, decoding=decoding.model_dump(mode="json"))
+    trainer = RewardTrainer(config, policy, arguments, prompts, online, start.seed, start.needed_tokenizer)
+    return trainer, checkpoint, {"prompts": len(prompts), "dropped": dropped}
 
 
 def _identity(config: AlignmentConfig) -> dict[str, Any]:
-    """What a checkpoint depends on: everything but the number of processes."""
-    return config.model_dump(mode="json", exclude={"workers"})
+    """What a checkpoint depends on: everything but the number of processes, unless each of them samples with random numbers of its own."""
+    return config.model_dump(mode="json", exclude=set() if config.method == "grpo" else {"workers"})
 
 
-def _finish(trainer: PreferenceTrainer, out: Path, summary: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> None:
+def _finish(trainer: PolicyTrainer, out: Path, summary: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> None:
     weights = whole_weights(trainer.policy)
     if trainer.is_world_process_zero():
         with atomic(out) as partial:
@@ -113,13 +202,7 @@ def _finish(trainer: PreferenceTrainer, out: Path, summary: dict[str, Any], toke
             tensors = check_written(trainer.policy, weights, partial)
             shutil.copy(trainer.folder / LOG, partial / LOG)
             steps = [json.loads(line) for line in (trainer.folder / LOG).read_text(encoding="utf-8").splitlines()]
-            summary |= {
-                "steps": len(steps),
-                "tensors": tensors,
-                "zero_stage": trainer.zero_stage(),
-                "packed": trainer.scorer.packed,
-                "speed": trainer.speed.summary(),
-            }
+            summary |= {"steps": len(steps), "tensors": tensors, "zero_stage": trainer.zero_stage(), **trainer.facts()}
             write_json({**summary, "first": steps[0], "last": steps[-1]}, partial / "summary.json")
         remove(trainer.folder)
     trainer.accelerator.wait_for_everyone()
@@ -154,42 +237,3 @@ def _tokenizer(model: str) -> PreTrainedTokenizerBase | None:
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError):  # a model without one can be trained on ids
         return None
-
-
-def _arguments(config: AlignmentConfig, folder: Path, steps: int, passes: int, seed: int) -> TrainingArguments:
-    cuda = torch.cuda.is_available()
-    if (
-        config.zero_stage
-    ):  # ZeRO-3 cuts the model while it is loaded: DeepSpeed must know the processes by then, which on CPU nobody else tells it
-        deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False)
-    return TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=1,  # a bin
-        gradient_accumulation_steps=passes,
-        num_train_epochs=1,  # the data set is all epochs in their order
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=int(config.warmup_share * steps),
-        weight_decay=0.0,
-        max_grad_norm=config.max_grad_norm,
-        optim="adamw_torch",
-        bf16=config.precision == "bf16",
-        use_cpu=not cuda,
-        ddp_backend=("nccl" if cuda else "gloo") if config.workers > 1 else None,
-        ddp_find_unused_parameters=False,
-        deepspeed=str(deepspeed_file(config)) if config.zero_stage else None,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_steps=config.checkpoint_every_steps,
-        save_total_limit=2,  # the older one is complete while the newer is being written
-        seed=stable_seed(seed, "trainer") % 2**32,
-        dataloader_pin_memory=cuda,
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        report_to=[],
-    )
-
-
-def deepspeed_file(config: AlignmentConfig) -> Path:
-    """The DeepSpeed configuration of a ZeRO stage, with or without offload."""
-    return Path(dpo4rec.__file__).parents[1] / "ds_configs" / f"zero{config.zero_stage}{'_offload' if config.offload else ''}.json"

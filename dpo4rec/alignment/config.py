@@ -8,6 +8,7 @@ from dpo4rec.settings import Settings
 
 Objective = Literal["sigmoid", "smoothed", "robust", "margin", "hinge", "ipo", "simpo", "softmax", "dmpo"]
 Noise = Literal["none", "epsilon", "epsilon_column", "margin_column"]
+Method = Literal["preference", "rejection_sampling", "reward_weighted", "grpo"]
 NOISE_OF: dict[str, tuple[str, ...]] = {
     "sigmoid": ("none",),
     "smoothed": ("epsilon", "epsilon_column"),
@@ -23,6 +24,22 @@ NOISE_OF: dict[str, tuple[str, ...]] = {
 AGAINST_ALL = ("softmax", "dmpo")
 """Objectives that set a chosen text against all rejected texts of its prompt at once."""
 
+OF_PAIRS = ("objective", "noise", "epsilon", "margin", "beta", "nll_weight", "reference", "packing")
+NOT_READ: dict[str, tuple[str, ...]] = {
+    "preference": ("reward_temperature", "grpo"),
+    "rejection_sampling": (*OF_PAIRS, "reward_temperature", "grpo"),
+    "reward_weighted": (*OF_PAIRS, "grpo"),
+    "grpo": (*OF_PAIRS, "reward_temperature"),
+}
+"""The settings that each method has no use for."""
+
+
+class GrpoConfig(Settings):
+    """Settings of GRPO alone."""
+
+    samples: int = Field(default=8, ge=2, description="texts of a prompt in a step, which are compared with each other")
+    kl_weight: float = Field(default=0.0, ge=0, description="weight of the KL divergence from the policy as it starts")
+
 
 class AlignmentConfig(Settings):
     """Settings of one alignment run.
@@ -31,6 +48,11 @@ class AlignmentConfig(Settings):
     linearly to zero.
     """
 
+    method: Method = Field(default="preference", description="pairs; or a control: imitate good texts, or reinforce the policy's own")
+    reward_temperature: float = Field(
+        default=1.0, gt=0, description="reward_weighted: a text's weight is softmax(reward in standard deviations / this)"
+    )
+    grpo: GrpoConfig = GrpoConfig()
     objective: Objective = Field(default="sigmoid", description="the loss: a function of objectives.py")
     noise: Noise = Field(default="none", description="what is known of wrong pairs, or of how far apart they are")
     epsilon: float = Field(default=0.1, ge=0, lt=0.5, description="noise epsilon: the probability that a pair is the wrong way round")
@@ -43,7 +65,10 @@ class AlignmentConfig(Settings):
     learning_rate: float = Field(default=2e-4, gt=0)
     epochs: int = Field(default=1, ge=1)
     pairs_per_step: int = Field(
-        default=32, ge=1, description="pairs (softmax, dmpo: chosen texts with all they beat) of an optimizer step, over all processes"
+        default=32,
+        ge=1,
+        description="pairs (softmax, dmpo: chosen texts with all they beat; the other methods: prompts) of an optimizer step, over all "
+        "processes",
     )
     tokens_per_batch: int = Field(
         default=4096, ge=2, description="tokens of one forward pass of one process, at most; a pair that alone is longer goes alone"
@@ -68,7 +93,10 @@ class AlignmentConfig(Settings):
 
     @model_validator(mode="after")
     def _combinations_work(self) -> Self:
+        self._refuse_given(NOT_READ[self.method], f"method: {self.method}")
         self._check_objective()
+        if self.method == "grpo" and self.pairs_per_step % self.workers:
+            raise ValueError(f"grpo: workers = {self.workers} must divide pairs_per_step: a process compares all texts of its prompts")
         if self.pairs_per_step < self.workers:
             raise ValueError(f"pairs_per_step = {self.pairs_per_step} is less than workers = {self.workers}: some would have nothing to do")
         if self.offload and self.zero_stage < 2:
@@ -104,4 +132,4 @@ class AlignmentConfig(Settings):
         fields = type(self).model_fields
         given = [name for name in names if getattr(self, name) != fields[name].default]
         if given:
-            raise ValueError(f"{', '.join(given)} would be ignored with {with_}. Leave out, or change the other")
+            raise ValueError(f"{', '.join(given)} would be ignored with {with_}. Leave out (or set to the default), or change the other")

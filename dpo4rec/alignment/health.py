@@ -8,7 +8,7 @@ Record = dict[str, float]
 
 
 def check_step(record: Record, config: AlignmentConfig, zero_stage: int, starts_at_reference: bool) -> None:
-    """Checks one step's averages (`PreferenceTrainer` says which).
+    """Checks one step's averages (the method's trainer says which).
 
     Args:
         zero_stage: of the engine that really trains.
@@ -23,7 +23,7 @@ def check_step(record: Record, config: AlignmentConfig, zero_stage: int, starts_
     step, loss, norm = record["step"], record["loss"], record["grad_norm"]
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise RuntimeError(f"step {step}: loss {loss}, gradient norm {norm}: not finite. Lower the learning rate")
-    if step <= 2 and norm == 0:
+    if step <= 2 and norm == 0 and record.get("tied") != 1:  # GRPO: where all rewards are the same there is nothing to learn
         raise RuntimeError(f"step {step}: the gradient is zero: no trained weight takes part in the loss")
     if step == 1 and starts_at_reference:
         _check_start(record, 0.01 if config.precision == "fp32" else 0.5)

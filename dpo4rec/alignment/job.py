@@ -9,11 +9,24 @@ from pydantic import ValidationError
 
 from dpo4rec.alignment.align import align
 from dpo4rec.alignment.config import AlignmentConfig
+from dpo4rec.alignment.online import Online, read_reward
 from dpo4rec.errors import InputError
 from dpo4rec.files import read_json, write_json
+from dpo4rec.knowledge.config import Decoding
+from dpo4rec.settings import Settings
 
 NAME = "alignment.json"
-KEYS = {"config", "model", "initial_adapter", "round_0_adapter", "pairs", "seed", "threads"}
+KEYS = {"config", "model", "initial_adapter", "round_0_adapter", "pairs", "seed", "threads", "online"}
+
+
+class OnlineSettings(Settings):
+    """What `alignment.json` says of a method that samples as it trains."""
+
+    decoding: Decoding
+    worker: str
+    """The reward's class, see `read_reward`."""
+    settings: str
+    """The JSON file that it is made of."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +41,12 @@ class Job:
     seed: int
     threads: int | None
     round_0_adapter: Path | None
+    online: OnlineSettings | None
 
     def run(self, out: Path) -> None:
-        align(self.config, self.model, self.pairs, self.initial_adapter, self.seed, out, self.threads, self.round_0_adapter)
+        named = self.online
+        online = Online(named.decoding, read_reward(named.worker, self.folder / named.settings)) if named else None
+        align(self.config, self.model, self.pairs, self.initial_adapter, self.seed, out, self.threads, self.round_0_adapter, online)
 
 
 def write_job(
@@ -42,6 +58,7 @@ def write_job(
     seed: int,
     threads: int | None = None,
     round_0_adapter: Path | None = None,
+    online: OnlineSettings | None = None,
 ) -> Path:
     """Writes `alignment.json` and returns its path. Paths in it are relative to the folder: a run folder can be moved as a whole."""
     values = {
@@ -52,6 +69,7 @@ def write_job(
         "pairs": _relative(pairs, folder),
         "seed": seed,
         "threads": threads,
+        "online": online.model_copy(update={"settings": _relative(Path(online.settings), folder)}).model_dump() if online else None,
     }
     write_json(values, folder / NAME)
     return folder / NAME
@@ -86,6 +104,7 @@ def read_job(folder: Path, **changes: Any) -> Job:
         values["seed"],
         values["threads"],
         folder / values["round_0_adapter"] if values["round_0_adapter"] else None,
+        OnlineSettings(**values["online"]) if values["online"] else None,
     )
 
 

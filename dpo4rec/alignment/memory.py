@@ -8,11 +8,10 @@ vocabulary, D hidden size, c bytes of a number in matrix products (2 in bf16, 4 
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from transformers import PreTrainedConfig
 
-from dpo4rec.alignment.align import deepspeed_file
+from dpo4rec.alignment.arguments import deepspeed_file
 from dpo4rec.alignment.attention import BLOCK
 from dpo4rec.alignment.config import AlignmentConfig
 from dpo4rec.alignment.schedule import cut
@@ -51,8 +50,8 @@ class Pairs:
 
     def per_pass(self, config: AlignmentConfig) -> int:
         """Pairs of the largest forward pass, as `cut` deals them."""
-        each, step = self.tokens(config.packing != "none"), config.pairs_per_step
-        bins = cut(np.arange(step)[None], range(step), lambda rows: each * len(rows), config.tokens_per_batch, config.workers)
+        each, step = self.tokens(config.packing != "none"), list(range(config.pairs_per_step))
+        bins = cut([step], step, lambda rows: each * len(rows), config.tokens_per_batch, config.workers)
         return len(bins[0][0])
 
 

@@ -63,11 +63,11 @@ def read_preferences(
         InputError: the file is missing, damaged or lacks columns; a row is null or has an id or a number out of range; no pair is left.
     """
     table = read_parquet(path)
-    columns = _id_columns(table, path) if IDS[0] in table.column_names else _tokenized(table, path, tokenizer)
+    columns = id_columns(table, path, IDS) if IDS[0] in table.column_names else _tokenized(table, path, tokenizer)
     epsilons, margins = _numbers(table, path, config)
     building, dropped = _Building(together=config.objective in AGAINST_ALL), Counter[str]()
     for row, ids in enumerate(zip(*columns, strict=True)):
-        _check(path, row, ids, vocabulary)
+        check_ids(path, row, ids, vocabulary, IDS)
         prompt, chosen, rejected = (tuple(values) for values in ids)
         reason = _unusable(prompt, chosen, rejected, max_tokens)
         if reason:
@@ -123,16 +123,19 @@ def _number_column(table: pa.Table, path: Path, name: str, least: float, below: 
     return [float(value) for value in values]
 
 
-def _id_columns(table: pa.Table, path: Path) -> list[list[list[int]]]:
-    for name in IDS:
+def id_columns(table: pa.Table, path: Path, names: tuple[str, ...]) -> list[list[list[int]]]:
+    """The columns of token ids.
+
+    Raises:
+        InputError: one is missing or does not hold lists of integers.
+    """
+    for name in names:
         if name not in table.column_names:
-            raise InputError(
-                str(path), f"the column {name} is missing beside {IDS[0]}", "Give all three id columns, or none and the texts alone"
-            )
+            raise InputError(str(path), f"the column {name} is missing", f"The columns of token ids are {', '.join(names)}")
         kind = table.schema.field(name).type
         if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_integer(kind.value_type):
             raise InputError(f"{path}, column {name}", f"its type is {kind}", "It must be a list of integers")
-    return [table[name].to_pylist() for name in IDS]
+    return [table[name].to_pylist() for name in names]
 
 
 def _tokenized(table: pa.Table, path: Path, tokenizer: PreTrainedTokenizerBase | None) -> list[list[list[int]]]:
@@ -156,10 +159,11 @@ def _tokenized(table: pa.Table, path: Path, tokenizer: PreTrainedTokenizerBase |
     return columns
 
 
-def _check(path: Path, row: int, ids: tuple[list[int] | None, ...], vocabulary: int) -> None:
-    for name, values in zip(IDS, ids, strict=True):
+def check_ids(path: Path, row: int, ids: tuple[list[int] | None, ...], vocabulary: int, names: tuple[str, ...]) -> None:
+    """Raises `InputError` where a row has a null or an id outside the vocabulary."""
+    for name, values in zip(names, ids, strict=True):
         if values is None or None in values:
-            raise InputError(f"{path}, row {row}", f"{name} has a null", "Leave such pairs out of the file")
+            raise InputError(f"{path}, row {row}", f"{name} has a null", "Leave such rows out of the file")
         if values and not 0 <= min(values) <= max(values) < vocabulary:
             raise InputError(
                 f"{path}, row {row}", f"{name} has ids outside 0..{vocabulary - 1}", "Sample and align with the same model and tokenizer"

@@ -103,8 +103,10 @@ def plan(
         "reference_seconds", "training_seconds").
 
     Raises:
-        InputError: a pair is longer than `max_tokens`, or the model cannot be counted.
+        InputError: the method is not `preference`, a pair is longer than `max_tokens`, or the model cannot be counted.
     """
+    if config.method != "preference":
+        raise InputError("alignment.method", f"{config.method} is not planned", "Plan method: preference; the others train no pairs")
     if pairs.prompt_tokens + pairs.answer_tokens > config.max_tokens:
         raise InputError(
             "--prompt-tokens, --answer-tokens",

@@ -135,12 +135,16 @@ def _without_dropout(settings: PreTrainedConfig) -> PreTrainedConfig:
     return settings
 
 
+def needs_reentrant(config: AlignmentConfig) -> bool:
+    """Whether activations must be checkpointed with `use_reentrant=True`."""
+    return config.weights == "lora" and config.zero_stage == 3
+
+
 def _checkpoint_activations(config: AlignmentConfig, base: PreTrainedModel) -> None:
-    reentrant = config.weights == "lora" and config.zero_stage == 3
-    if reentrant:
+    if needs_reentrant(config):
         logger.warning("LoRA under ZeRO-3: activations are checkpointed with use_reentrant=True, the only kind that finds gathered weights")
         base.enable_input_require_grads()  # else the frozen embedding cuts the gradient
-    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": needs_reentrant(config)})
 
 
 def _check_adapter(config: AlignmentConfig, folder: Path) -> None:

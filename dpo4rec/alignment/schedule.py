@@ -24,8 +24,13 @@ def training_steps(preferences: Preferences, config: AlignmentConfig, seed: int)
     def tokens(rows: Bin) -> int:
         return bin_tokens(preferences, rows, config.packing != "none")
 
-    steps = cut(order, prompts, tokens, config.tokens_per_batch, config.workers)
-    longest = max(range(len(steps) // config.epochs), key=lambda step: bin_tokens(preferences, order[step].tolist(), packed=True))
+    steps = cut(order.tolist(), prompts, tokens, config.tokens_per_batch, config.workers)
+    return longest_first(steps, [bin_tokens(preferences, step, packed=True) for step in order.tolist()], config.epochs)
+
+
+def longest_first(steps: list[list[Bin]], tokens: list[int], epochs: int) -> list[list[Bin]]:
+    """The steps, with the one of the first epoch that has most tokens before all others."""
+    longest = max(range(len(steps) // epochs), key=lambda step: tokens[step])
     return [steps[longest], *steps[:longest], *steps[longest + 1 :]]
 
 
@@ -62,19 +67,19 @@ def schedule(prompts: Sequence[int], per_step: int, epochs: int, seed: int) -> n
     return np.stack([np.resize(order, length) for order in orders])
 
 
-def cut(steps: np.ndarray, prompts: Sequence[int], tokens: Callable[[Bin], int], budget: int, workers: int) -> list[list[Bin]]:
+def cut(steps: Sequence[Bin], prompts: Sequence[int], tokens: Callable[[Bin], int], budget: int, workers: int) -> list[list[Bin]]:
     """Cuts every step into the same number of bins, a multiple of `workers`: as few as keep each within the budget of tokens.
 
     The bins of a step are about equal, the longest first. A bin is over the budget only where one comparison alone is.
 
     Args:
-        steps: [steps, comparisons per step].
+        steps: the comparisons of each step.
         prompts: as of `schedule`.
         tokens: what a bin takes.
     """
-    units = [_units(step.tolist(), prompts, tokens, budget) for step in steps]
-    most = steps.shape[1] // workers * workers
-    bins = min(most, workers * -(-max(tokens(step.tolist()) for step in steps) // (budget * workers)))
+    units = [_units(step, prompts, tokens, budget) for step in steps]
+    most = min(map(len, steps)) // workers * workers
+    bins = min(most, workers * -(-max(map(tokens, steps)) // (budget * workers)))
     while True:
         dealt = [_deal(step, tokens, bins) for step in units]
         fits = all(len(bin_) == 1 or tokens(bin_) <= budget for step in dealt for bin_ in step)

@@ -1,6 +1,5 @@
 """Preference training as a `transformers.Trainer`: our batches and objective, its loop, optimizer, DeepSpeed and checkpoints."""
 
-import json
 import logging
 from dataclasses import fields
 from pathlib import Path
@@ -10,17 +9,17 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from dpo4rec.alignment.attention import BLOCK
 from dpo4rec.alignment.batches import Batch, Collator, ScheduledBins
-from dpo4rec.alignment.checkpoints import LOG, Checkpointing
+from dpo4rec.alignment.checkpoints import Checkpointing
 from dpo4rec.alignment.config import AlignmentConfig
-from dpo4rec.alignment.health import check_step
 from dpo4rec.alignment.objective import Losses, Objective
 from dpo4rec.alignment.pairs import Preferences
-from dpo4rec.alignment.policy import Policy, whole_weights, write_policy
+from dpo4rec.alignment.policy import Policy
+from dpo4rec.alignment.policy_trainer import PolicyTrainer
 from dpo4rec.alignment.reference import as_reference, compute_reference, read_or_compute
 from dpo4rec.alignment.schedule import Bin, longest_text
 from dpo4rec.alignment.scoring import Scorer
@@ -32,7 +31,7 @@ TOLERANCE_NATS = {"fp32": 1e-4, "bf16": 0.1}
 """How far a token's log-probability may be off in a packed row; in bf16 the order of sums alone makes so much."""
 
 
-class PreferenceTrainer(Trainer):
+class PreferenceTrainer(PolicyTrainer):
     """Trains a policy on comparisons with the configured objective.
 
     Every step writes a line to `training_log.jsonl` in the checkpoints' folder: averages over the comparisons of the step, over all
@@ -98,27 +97,11 @@ class PreferenceTrainer(Trainer):
         """Writes the step's line and stops a run that has gone wrong; the Trainer's closing summary is not a step."""
         if "grad_norm" not in logs:
             return
-        record = self._step_record(logs)
-        self.state.log_history = [record]  # the last step: all of them are in the file
-        if self.is_world_process_zero():
-            with (self.folder / LOG).open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(record) + "\n")
-        check_step(record, self.settings, self.zero_stage(), self.starts_at_reference)
+        self.write_step(self._step_record(logs), self.starts_at_reference)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Weights of a checkpoint. DeepSpeed's own checkpoint already has them."""
-        if not self.is_deepspeed_enabled:
-            weights = whole_weights(self.policy)
-            if self.is_world_process_zero():
-                write_policy(self.policy, weights, Path(str(output_dir)))
-
-    def zero_stage(self) -> int:
-        """The ZeRO stage of the DeepSpeed engine that really trains; 0 without one."""
-        return int(cast(Any, self.model_wrapped).zero_optimization_stage()) if self.is_deepspeed_enabled else 0
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Not counted: it walks through all parameters at every batch."""
-        return 0
+    def facts(self) -> dict[str, Any]:
+        """Whether rows were packed, and the speed."""
+        return {"packed": self.scorer.packed, "speed": self.speed.summary()}
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return SequentialSampler(cast(ScheduledBins, self.train_dataset))  # the bins already lie in the order of training
