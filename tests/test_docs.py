@@ -32,7 +32,8 @@ def commands() -> list[str]:
     found = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        pieces = [line.strip() for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+        blocks = [block for language, block in re.findall(r"```(\w*)\n(.*?)```", text, re.DOTALL) if not language]
+        pieces = [line.strip() for block in blocks for line in block.splitlines()]
         pieces += re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
         found += [match[0].strip().rstrip("&").strip() for piece in pieces if (match := COMMAND.fullmatch(piece.split("   ")[0]))]
     return sorted({command for command in found if " " in command})
