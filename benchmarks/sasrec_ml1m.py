@@ -2,14 +2,16 @@
 
     python benchmarks/sasrec_ml1m.py ml-1m-folder runs/sasrec
 
-The run folder is made, or continued. Writes benchmarks/results/sasrec_ml1m.json; `minutes` is the time of all of SASRec's fits one after
-another, validation included.
+Each model has a run folder and a thread of its own, and is fitted one seed after the other; the folders are made, or continued. Writes
+benchmarks/results/sasrec_ml1m.json; `minutes` is the time of all of SASRec's fits, validation included.
 """
 
 import argparse
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from benchmarks.record import record
 from dpo4rec.files import read_json
@@ -18,37 +20,41 @@ MODELS: dict[str, list[str]] = {"sasrec": [], "gru4rec": ["sequential.embedding_
 """Each with what it changes of the preset."""
 
 
+def fitted(model: str, data: Path, folder: Path) -> dict[str, Any]:
+    """Fits a model, evaluates it, and returns its fits, their histories and the summary of its metrics."""
+    command, settings = [sys.executable, "-m", "dpo4rec.cli"], ["--preset", "sasrec-ml-1m", "--data", str(data)]
+    settings += [word for setting in MODELS[model] for word in ("--set", setting)]
+    subprocess.run([*command, "fit", str(folder), "--model", model, *settings], check=True)
+    subprocess.run([*command, "evaluate", str(folder)], check=True)
+    fits = read_json(folder / "manifest.json")["stages"][f"recommenders/{model}/fit"]["report"]["fits"]
+    return {
+        "fits": fits,
+        "histories": [read_json(folder / "recommenders" / model / "models" / fit["out"] / "history.json")["history"] for fit in fits],
+        "summary": read_json(folder / "evaluation" / "catalogue" / "summary.json"),
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("run_dir", type=Path)
     given = parser.parse_args()
-    command = [sys.executable, "-m", "dpo4rec.cli"]
-    for model, own in MODELS.items():
-        settings = ["--preset", "sasrec-ml-1m", "--data", str(given.data), *(word for setting in own for word in ("--set", setting))]
-        subprocess.run([*command, "fit", str(given.run_dir), "--model", model, *settings], check=True)
-    subprocess.run([*command, "evaluate", str(given.run_dir)], check=True)
-    summary = read_json(given.run_dir / "evaluation" / "catalogue" / "summary.json")
-    stages = read_json(given.run_dir / "manifest.json")["stages"]
-    fits = {model: stages[f"recommenders/{model}/fit"]["report"]["fits"] for model in MODELS}
-    histories = {
-        model: [
-            read_json(given.run_dir / "recommenders" / model / "models" / fit["out"] / "history.json")["history"] for fit in fits[model]
-        ]
-        for model in MODELS
-    }
+    with ThreadPoolExecutor() as pool:
+        found = dict(zip(MODELS, pool.map(lambda model: fitted(model, given.data, given.run_dir / model), MODELS), strict=True))
+    summaries = {model: of["summary"] for model, of in found.items()}
+    fits = {model: of["fits"] for model, of in found.items()}
     figures: dict[str, float] = {}
     for model, prefix in (("sasrec", ""), ("gru4rec", "gru4rec_")):
         for metric in ("ndcg@10", "hr@10"):
-            figures[f"{prefix}{metric}"] = round(summary["metrics"][model][metric], 4)
-            figures[f"{prefix}{metric}_deviation"] = round(summary["deviations"][model][metric], 4)
+            figures[f"{prefix}{metric}"] = round(summaries[model]["metrics"][model][metric], 4)
+            figures[f"{prefix}{metric}_deviation"] = round(summaries[model]["deviations"][model][metric], 4)
         figures[f"{prefix}minutes"] = round(sum(fit["seconds"] for fit in fits[model]) / 60, 1)
     figures |= {
         "seeds": len(fits["sasrec"]),
-        "test_users": summary["users"],
-        "ndcg@10 popularity": round(summary["metrics"]["popularity"]["ndcg@10"], 4),
+        "test_users": summaries["sasrec"]["users"],
+        "ndcg@10 popularity": round(summaries["sasrec"]["metrics"]["popularity"]["ndcg@10"], 4),
     }
-    record("sasrec_ml1m", figures, {"fits": fits, "histories": histories, "summary": summary})
+    record("sasrec_ml1m", figures, found)
     return 0
 
 
