@@ -203,6 +203,26 @@ def test_global_time_cuts_by_the_clock_and_counts_the_cold(tmp_path: Path) -> No
     assert (found.items > 0).all()  # a user without history gets the ranking of the start
 
 
+def test_long_histories_are_learned_from_everywhere(tmp_path: Path) -> None:
+    """What follows on an early item is only to be seen in windows that do not end with the history."""
+    rows = [(f"long{u}", f"i{t}", t) for u in range(60) for t in range(40)] + [
+        (f"short{u}", f"i{t}", t) for u in range(5) for t in range(8)
+    ]
+    user, item, time = zip(*rows, strict=True)
+    write_parquet(pa.table({"user_id": user, "item_id": item, "timestamp": time}), tmp_path / "interactions.parquet")
+    write_parquet(pa.table({"item_id": [f"i{i}" for i in range(40)], "title": ["t"] * 40}), tmp_path / "items.parquet")
+    source = DataConfig.model_validate(
+        {"source": "table", "folder": str(tmp_path), "table": {"rating_column": None}, "like_threshold": 0.0}
+    )
+    prepare_sequences(source, SequenceConfig(), 0, tmp_path / "out")
+    data = SequenceData.load(tmp_path / "out")
+    config = SequentialConfig(embedding_dim=16, max_length=10, epochs=60, patience=60, dropout=0.0, learning_rate=1e-2, tokens_per_step=200)
+    model = SequentialFit("sasrec", config, data, None, None, 0, tmp_path / "state").run()[0]
+    users = torch.tensor([place for place, name in enumerate(data.user_ids) if name.startswith("short")])
+    found = retrieve(model, data, users, data.validation_ends[users], 1, None)
+    assert hits_of(found.items, data, users, "test")[0].all()
+
+
 def test_some_users_choose_and_the_others_learn_from_one_more(tmp_path: Path) -> None:
     source = write_source(tmp_path / "source")
     whole, some = tmp_path / "whole", tmp_path / "some"
