@@ -9,9 +9,9 @@ from typing import Any
 from pydantic import ValidationError
 from transformers import LlamaConfig, PreTrainedConfig
 
-from dpo4rec.alignment.align import model_settings
 from dpo4rec.alignment.config import AlignmentConfig
 from dpo4rec.alignment.memory import Pairs, Part, memory, peak
+from dpo4rec.alignment.methods import model_settings
 from dpo4rec.alignment.sizes import Sizes, sizes
 from dpo4rec.errors import InputError
 from dpo4rec.files import read_json
