@@ -1,7 +1,7 @@
 """Preference training against stock TRL: the same model, pairs, optimizer and machine; each run in a fresh process.
 
     python benchmarks/dpo.py                      # all, and writes benchmarks/results/dpo.json
-    python benchmarks/dpo.py --weights lora --trl-batches 1 2 --quick
+    python benchmarks/dpo.py --weights lora --trl-batches 1 2 --curve --quick
 
 Model: Llama shape, hidden 256, 6 layers, vocabulary 8,000, random weights, fp32. Prompts of 384 tokens, answers of 64, lengths drawn
 evenly from +-40 %. TRL is `DPOTrainer` with the reference computed before training (`precompute_ref_log_probs`); its batch size is the
@@ -31,7 +31,6 @@ from dpo4rec.alignment.config import AlignmentConfig
 from dpo4rec.files import read_json, read_parquet, write_parquet
 
 VOCABULARY, PER_STEP = 8_000, 16
-PROMPTS = {"curve": (64, 192, 384, 768)}
 Result = dict[str, Any]
 
 
@@ -145,7 +144,7 @@ def compare(given: argparse.Namespace) -> tuple[dict[str, float], list[Result]]:
             / max(trl_four["pairs_per_second"], best(trl)["pairs_per_second"]),
             f"peak_memory_ratio_vs_trl{tail}": best(ours)["peak_memory_gib"] / best(trl)["peak_memory_gib"],
         }
-    for prompt in [] if given.quick else PROMPTS["curve"]:
+    for prompt in given.curve:
         pair = [fresh(given, "trl", given.weights[0], 1, prompt), fresh(given, "ours", given.weights[0], given.tokens[0], prompt)]
         runs += pair
         figures[f"ratio_at_prompt_{prompt}"] = pair[1]["pairs_per_second"] / pair[0]["pairs_per_second"]
@@ -162,7 +161,8 @@ def main() -> int:
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048, 4096], help="tokens_per_batch of ours to try")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="no curve over prompt lengths, and no file is written")
+    parser.add_argument("--curve", nargs="*", type=int, default=[64, 192, 384, 768], help="prompt lengths at which the ratio is measured")
+    parser.add_argument("--quick", action="store_true", help="no file is written")
     parser.add_argument("--one", choices=("ours", "trl"), help="one run in this process, for --size, --prompt, --answers")
     parser.add_argument("--size", type=int)
     parser.add_argument("--prompt", type=int, default=384)
