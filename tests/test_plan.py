@@ -177,6 +177,7 @@ def test_the_command_prints_parts_and_time(folder: str, tmp_path: Path) -> None:
         ([], "Give --model or --shape"),
         (["--model", "no/folder"], "cannot be read"),
         (["--shape", SHAPE, "--prompt-tokens", "1024", "--answer-tokens", "16"], "such pairs are dropped"),
+        (["--shape", SHAPE, "--set", "alignment.method=grpo"], "grpo is not planned"),
         (["--shape", SHAPE, "--tokens-per-second", "1", "--measured", "there"], "Give one of them"),
     ],
     ids=str,

@@ -10,7 +10,7 @@ from dpo4rec.recommenders.sequential import SequentialRecommender
 
 SCORES_AT_ONCE = 1 << 26
 """Scores of users against all items that are held at once (256 MiB in fp32)."""
-MOST_USERS = 256
+MOST_USERS = 32
 
 
 @dataclass(frozen=True)
