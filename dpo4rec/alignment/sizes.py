@@ -175,7 +175,7 @@ def _leave_inputs_as_they_are(policy: nn.Module) -> None:
 
 class _KeptByAttention(torch.autograd.Function):
     """Keeps what FlexAttention does: query, key, value, output, and a float32 number a head and token. The output lies in memory as queries
-    do, token by token."""
+    do, token by token. It has no backward: fake tensors are only counted."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -183,10 +183,6 @@ class _KeptByAttention(torch.autograd.Function):
         out = query.new_empty(batch, tokens, heads, value.shape[3]).transpose(1, 2)
         ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:3], dtype=torch.float32))
         return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise NotImplementedError("fake tensors are only counted")
 
 
 def _counted_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
