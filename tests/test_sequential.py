@@ -42,6 +42,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> SequenceData:
     return SequenceData.load(folder / "out")
 
 
+def write_table(folder: Path, rows: list[tuple[str, str, int]]) -> DataConfig:
+    """A table source of (user, item, time); every item has its id as title."""
+    user, item, time = zip(*rows, strict=True)
+    write_parquet(pa.table({"user_id": user, "item_id": item, "timestamp": time}), folder / "interactions.parquet")
+    names = sorted(set(item))
+    write_parquet(pa.table({"item_id": names, "title": names}), folder / "items.parquet")
+    return DataConfig.model_validate({"source": "table", "folder": str(folder), "table": {"rating_column": None}, "like_threshold": 0.0})
+
+
 def of_rare(data: SequenceData, rare: bool) -> torch.Tensor:
     """The users whose last item is one that only they touch, or the others."""
     return torch.tensor([place for place, name in enumerate(data.user_ids) if (int(name[1:]) % 5 == 0) == rare])
@@ -163,12 +172,7 @@ def test_user_texts_tell_what_histories_do_not(tmp_path: Path) -> None:
     """Every user touches one random item after a text that names it."""
     generator = np.random.default_rng(0)
     rows = [(f"u{u}", f"i{item}", time) for u in range(300) for time, item in enumerate(generator.permutation(20)[:3])]
-    user, item, time = zip(*rows, strict=True)
-    write_parquet(pa.table({"user_id": user, "item_id": item, "timestamp": time}), tmp_path / "interactions.parquet")
-    write_parquet(pa.table({"item_id": [f"i{i}" for i in range(20)], "title": ["t"] * 20}), tmp_path / "items.parquet")
-    config = DataConfig.model_validate(
-        {"source": "table", "folder": str(tmp_path), "table": {"rating_column": None}, "like_threshold": 0.0}
-    )
+    config = write_table(tmp_path, rows)
     prepare_sequences(config, SequenceConfig(), 0, tmp_path / "out")
     data = SequenceData.load(tmp_path / "out")
     texts = torch.stack([F.one_hot(data.codes[a:b].long() - 1, 20).sum(0) for a, b in itertools.pairwise(data.starts)])
@@ -184,13 +188,7 @@ def test_user_texts_tell_what_histories_do_not(tmp_path: Path) -> None:
 def test_global_time_cuts_by_the_clock_and_counts_the_cold(tmp_path: Path) -> None:
     rows = [("old", f"i{t}", t) for t in range(80)] + [("new", "i0", 95), ("new", "late", 99), ("both", "i1", 5), ("both", "late", 98)]
     rows += [("mid", f"i{t}", t) for t in range(80, 96)]
-    user, item, time = zip(*rows, strict=True)
-    write_parquet(pa.table({"user_id": user, "item_id": item, "timestamp": time}), tmp_path / "interactions.parquet")
-    names = sorted(set(item))
-    write_parquet(pa.table({"item_id": names, "title": names}), tmp_path / "items.parquet")
-    config = DataConfig.model_validate(
-        {"source": "table", "folder": str(tmp_path), "table": {"rating_column": None}, "like_threshold": 0.0}
-    )
+    config = write_table(tmp_path, rows)
     prepare_sequences(config, SequenceConfig(split="global-time", test_share=0.05, validation_share=0.1), 0, tmp_path / "out")
     summary, data = read_json(tmp_path / "out" / "summary.json"), SequenceData.load(tmp_path / "out")
     new = data.user_ids.index("new")
@@ -208,12 +206,7 @@ def test_long_histories_are_learned_from_everywhere(tmp_path: Path) -> None:
     rows = [(f"long{u}", f"i{t}", t) for u in range(60) for t in range(40)] + [
         (f"short{u}", f"i{t}", t) for u in range(5) for t in range(8)
     ]
-    user, item, time = zip(*rows, strict=True)
-    write_parquet(pa.table({"user_id": user, "item_id": item, "timestamp": time}), tmp_path / "interactions.parquet")
-    write_parquet(pa.table({"item_id": [f"i{i}" for i in range(40)], "title": ["t"] * 40}), tmp_path / "items.parquet")
-    source = DataConfig.model_validate(
-        {"source": "table", "folder": str(tmp_path), "table": {"rating_column": None}, "like_threshold": 0.0}
-    )
+    source = write_table(tmp_path, rows)
     prepare_sequences(source, SequenceConfig(), 0, tmp_path / "out")
     data = SequenceData.load(tmp_path / "out")
     config = SequentialConfig(embedding_dim=16, max_length=10, epochs=60, patience=60, dropout=0.0, learning_rate=1e-2, tokens_per_step=200)
