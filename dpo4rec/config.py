@@ -31,8 +31,10 @@ class SamplingConfig(Settings):
 
     samples: int = Field(default=8, ge=2)
     """Texts a user and round."""
-    users_per_unit: PositiveInt = 32
-    """Users whose texts are drawn in one batch: the unit of work, the same for any number of workers."""
+    users_per_unit: PositiveInt = 128
+    """Users whose texts are drawn in one call of the engine: the unit of work, the same for any number of workers."""
+    rows_at_once: PositiveInt = 512
+    """About so many texts of a unit are drawn at the same time, others take the place of those that end: speed against memory."""
     decoding: Decoding = Decoding()
 
 

@@ -292,6 +292,7 @@ class Run:
             adapter=str(policy.adapter) if policy.adapter else None,
             decoding=decoding,
             samples=samples,
+            rows_at_once=self.config.sampling.rows_at_once,
             seed=self.config.seed,
             purpose=purpose,
         )
