@@ -34,6 +34,8 @@ class SamplingConfig(Settings):
     users_per_unit: PositiveInt = 32
     """Users whose texts are drawn in one batch: the unit of work, the same for any number of workers."""
     decoding: Decoding = Decoding()
+    skip_failed_rows: bool = False
+    """Users that sampler, encoder or scorer fail on are left out and listed (`<unit>.failed.json` beside the results), or the run stops."""
 
 
 class EvaluationConfig(Settings):
