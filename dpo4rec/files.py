@@ -83,16 +83,18 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
     tables = []
     for part in parts:
         try:
-            if not is_empty(part):
-                tables.append(pq.read_table(part, columns=columns))
+            tables += [] if is_empty(part) else [pq.read_table(part, columns=columns)]
         except (pa.ArrowException, OSError) as error:
             raise corrupted(part, error) from error
     return pa.concat_tables(tables) if tables else pa.table({})
 
 
 def is_empty(path: Path) -> bool:
-    """True for a Parquet file without columns: the result of a unit of work of which nothing was left."""
-    return pq.read_metadata(path).num_columns == 0
+    """True for a Parquet file without columns: the result of a unit of work of which nothing was left. Raises `InputError` when damaged."""
+    try:
+        return pq.read_metadata(path).num_columns == 0
+    except (pa.ArrowException, OSError) as error:
+        raise corrupted(path, error) from error
 
 
 def failed(folder: Path) -> dict[str, str]:
