@@ -207,15 +207,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--drive", type=Path, help="inner: be the driver of the run in this folder")
     parser.add_argument("--gpus", action="store_true", help="inner: workers ask for GPUs")
-    given = parser.parse_args()
-    if given.drive:
-        drive(given.folder, given.drive, "ray", given.gpus)
+    options = parser.parse_args()
+    if options.drive:
+        drive(options.folder, options.drive, "ray", options.gpus)
         return 0
-    folder, clock, begun = given.folder.resolve(), random.Random(given.seed), time.monotonic()
+    folder, clock, begun = options.folder.resolve(), random.Random(options.seed), time.monotonic()
     prepare(folder / "prepared")
     drive(folder / "prepared", folder / "undisturbed", "debug", False)
     runs: list[dict[str, Any]] = []
-    while (left := given.kills - sum(len(run["faults"]) for run in runs)) > 0:
+    while (left := options.kills - sum(len(run["faults"]) for run in runs)) > 0:
         out, nodes = folder / f"run-{len(runs)}", len(runs) % 2 == 1
         remove(out)
         seconds = time.monotonic()

@@ -7,6 +7,7 @@ step before has written. So nothing can be lost on the way, and neither the driv
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ def _on_ray(chain: list[dict[str, Any]], waiting: list[int], cluster: ClusterCon
     steps: list[Step] = [arguments["step"] for arguments in chain]
     blocks = _blocks(waiting, BLOCKS_PER_WORKER * max(step.workers for step in steps))
     # what the cluster cannot give in whole CPUs is shared: the reservation decides on places, `threads` on speed
-    cpus = min(1.0, (ray.cluster_resources()["CPU"] - 1) / sum(step.workers for step in steps))
+    cpus = min(1.0, math.floor(100 * (ray.cluster_resources()["CPU"] - 1) / sum(step.workers for step in steps)) / 100)
     stream: ray.data.Dataset = ray.data.from_arrow(blocks)
     for step, arguments in zip(steps, chain, strict=True):
         stream = stream.map_batches(

@@ -60,7 +60,7 @@ def unfinished(folder: Path, role: str) -> list[str]:
     """The last unit that each worker of the role began and did not end, as it was logged; none is left by a run that ended well."""
     found = []
     for file in sorted(folder.glob(f"{role}-*.log")):
-        lines = [line.split(" ", 1)[1] for line in file.read_text(encoding="utf-8").splitlines() if " unit " in line]
+        lines = [line.split(" ", 1)[1] for line in file.read_text(encoding="utf-8").splitlines() if line.split()[1:2] == ["unit"]]
         if lines and " begun" in lines[-1]:
             found.append(f"{file.name}: {lines[-1]}")
     return found

@@ -66,7 +66,7 @@ class Rows:
             if where is not None:
                 kept = np.flatnonzero(np.concatenate([self._wanted(part) for part in file.iter_batches(columns=[where[0]])] or [kept > 0]))
         self.group_ends = np.cumsum(sizes)
-        self.first, self.last = kept[::rows], kept[np.minimum(np.arange(rows - 1, len(kept) + rows - 1, rows), len(kept) - 1)]
+        self.first, self.last = kept[::rows].copy(), kept[np.minimum(np.arange(rows - 1, len(kept) + rows - 1, rows), len(kept) - 1)]
 
     def __len__(self) -> int:
         return len(self.first)
