@@ -1,5 +1,6 @@
 """Units through a chain of workers, in this process and on a real local Ray: nothing lost, nothing twice, faults named."""
 
+import json
 import os
 import re
 import signal
@@ -12,12 +13,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dpo4rec import driver
 from dpo4rec.cluster import pool
 from dpo4rec.cluster.config import ClusterConfig
 from dpo4rec.cluster.pool import Step, cut, map_units, stream_units
 from dpo4rec.cluster.units import Files, Rows
+from dpo4rec.config import resolve
+from dpo4rec.driver import Run
 from dpo4rec.errors import InputError
+from dpo4rec.experiment import Experiment
 from dpo4rec.files import content_hash, failed, read_parquet
+from dpo4rec.knowledge.sampling import Sampler
 from dpo4rec.settings import Settings
 
 HERE, RAY = ClusterConfig(kind="debug"), ClusterConfig(kind="ray", workers=2)
@@ -193,6 +199,35 @@ def test_a_broken_worker_is_not_taken_for_bad_users(tmp_path: Path) -> None:
     steps = chain(tmp_path, WriterConfig(fails_on=["u6", "u7", "u8"]), skip_failed=True)
     with pytest.raises(InputError, match="writer, unit-00002: the worker fails on each user of the unit"):
         stream_units(steps, cut(USERS, 3), HERE)
+
+
+class FussySampler(Sampler):
+    """Fails on some users, however often it is asked."""
+
+    fails_on: set[str] = set()
+
+    def __call__(self, unit: pa.Table) -> pa.Table:
+        if self.fails_on & set(unit["user_id"].to_pylist()):
+            raise ArithmeticError("not this one")
+        return super().__call__(unit)
+
+
+def test_a_run_goes_on_without_failing_users_and_counts_them(micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(resolve("quickstart", micro, ["sampling.skip_failed_rows=true"]), tmp_path)
+    run.prepare()
+    users = {row["split"]: row["user_id"] for row in read_parquet(tmp_path / "data" / "users.parquet").to_pylist()}
+    monkeypatch.setattr(driver, "Sampler", FussySampler)
+    monkeypatch.setattr(FussySampler, "fails_on", set(users.values()))  # one of each split
+    run.rounds()
+    results = Experiment(run).evaluate()
+    run.folder.release()
+    stages = json.loads((tmp_path / "manifest.json").read_text())["stages"]
+    assert stages["round-0/sample"]["report"]["failed_users"] == 2
+    assert failed(tmp_path / "round-0" / "samples").keys() == {users["train"], users["validation"]}
+    assert users["train"] not in read_parquet(tmp_path / "round-0" / "pairs" / "answers.parquet")["user_id"].to_pylist()
+    per_user = read_parquet(tmp_path / "evaluation" / "per_user.parquet").to_pandas()
+    assert users["test"] not in set(per_user.user_id)
+    assert per_user.groupby("condition").size().unique().tolist() == [results["test_users"]]  # the same users in every condition
 
 
 # -- on Ray ---------------------------------------------------------------------------------------------------------------------
