@@ -36,6 +36,8 @@ class SamplingConfig(Settings):
     rows_at_once: PositiveInt = 512
     """About so many texts of a unit are drawn at the same time, others take the place of those that end: speed against memory."""
     decoding: Decoding = Decoding()
+    skip_failed_rows: bool = False
+    """Users that sampler, encoder or scorer fail on are left out and listed (`<unit>.failed.json` beside the results), or the run stops."""
 
 
 class EvaluationConfig(Settings):

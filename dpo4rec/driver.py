@@ -174,16 +174,18 @@ class Run:
         units = [(name, table.filter(pc.is_in(table["user_id"], pa.array(list(self._user_folds))))) for name, table in vectors]
 
         def work() -> Report:
-            self.map(f"round-{round_}/score", Scorer, scorer, [(name, table) for name, table in units if len(table)], here / "scores")
+            filled = [(name, table) for name, table in units if len(table)]
+            self.map(f"round-{round_}/score", Scorer, scorer, filled, here / "scores", self.config.sampling.skip_failed_rows)
             scores = read_parquet(here / "scores")
-            report = {"texts": len(scores), "mean_reward": pc.mean(scores["reward"]).as_py()}
+            report = {"texts": len(scores), "mean_reward": pc.mean(scores["reward"]).as_py(), **self._failures(here / "scores")}
             truth = self.folder / "data" / "true_preferences.parquet"
             if truth.exists():
                 report["rank_correlation_with_truth"] = rank_correlation(read_parquet(here / "samples"), scores, read_parquet(truth))
             return report
 
         inputs = [here / "vectors", here / "recommender", self.item_vectors]
-        return self.stage(f"round-{round_}/score", self.config.reward, inputs, [here / "scores"], work)
+        settings = {**self.config.reward.model_dump(mode="json"), **self._skipping}
+        return self.stage(f"round-{round_}/score", settings, inputs, [here / "scores"], work)
 
     def _scorer(self, round_: int) -> ScorerConfig:
         reward, fits = self.config.reward, self.folder / f"round-{round_}" / "recommender"
@@ -203,6 +205,8 @@ class Run:
         def work() -> Report:
             samples = self.with_form(read_parquet(here / "samples"))
             prompts = self._prompts_of(["train"])
+            lacking = left_out([here / "vectors"]) | files.failed(here / "scores").keys()
+            prompts = prompts.filter(pc.invert(pc.is_in(prompts["user_id"], pa.array(sorted(lacking), pa.string()))))
             scores = read_parquet(here / "scores")
             table, report = make_pairs(config.pairs, prompts, samples, scores, stable_seed(config.seed, "pairs", round_))
             files.write_parquet(table, pairs)
@@ -277,12 +281,11 @@ class Run:
         sampler, prompts = self._sampler(name, policy, decoding, samples), self._prompts_of(splits)
 
         def work() -> Report:
-            self.map(
-                f"{name}/sample", Sampler, sampler, cut(prompts.select(["user_id", "prompt_ids"]), config.sampling.users_per_unit), out
-            )
-            return self.describe(read_parquet(out))
+            units = cut(prompts.select(["user_id", "prompt_ids"]), config.sampling.users_per_unit)
+            self.map(f"{name}/sample", Sampler, sampler, units, out, config.sampling.skip_failed_rows)
+            return {**self.describe(read_parquet(out)), **self._failures(out)}
 
-        settings = {**sampler.model_dump(exclude={"source", "adapter"}), "splits": splits, **self.pool_settings()}
+        settings = {**sampler.model_dump(exclude={"source", "adapter"}), "splits": splits, **self.pool_settings(), **self._skipping}
         return self.stage(f"{name}/sample", settings, [self.folder / "prompts", *policy.files], [out], work)
 
     def _sampler(self, purpose: str, policy: Policy, decoding: Decoding, samples: int) -> SamplerConfig:
@@ -308,12 +311,12 @@ class Run:
             units = [
                 (unit, table.select(["user_id", "sample", "text"])) for unit, table in read_parquet_units(self.folder / name / "samples")
             ]
-            self.map(f"{name}/encode", Encoder, self._encoder, units, out)
-            return {"cut_texts": pc.sum(read_parquet(out, ["cut"])["cut"]).as_py()}
+            self.map(f"{name}/encode", Encoder, self._encoder, units, out, config.sampling.skip_failed_rows)
+            return {"cut_texts": pc.sum(read_parquet(out, ["cut"])["cut"]).as_py(), **self._failures(out)}
 
         report = self.stage(
             f"{name}/encode",
-            {**config.encoder.model_dump(), **self.pool_settings()},
+            {**config.encoder.model_dump(), **self.pool_settings(), **self._skipping},
             [self.folder / name / "samples", folder],
             [out],
             work,
@@ -359,13 +362,18 @@ class Run:
     def fit_all(self, name: str, jobs: list[FitJob]) -> Report:
         """Fits recommenders into the folder `name` of the run; its `fits` folder holds what each fit reported."""
         out = self.folder / name
-        fitter = FitterConfig(data=str(self.folder / "data"), item_vectors=str(self.item_vectors), user_folds=self._user_folds)
+        inputs = [*sorted({Path(folder) for job in jobs for folder in job.texts}), self.folder / "data", self.item_vectors]
 
         def work() -> Report:
+            fitter = FitterConfig(
+                data=str(self.folder / "data"),
+                item_vectors=str(self.item_vectors),
+                user_folds=self._user_folds,
+                left_out=sorted(left_out([Path(folder) for job in jobs for folder in job.texts])),
+            )
             self.map(f"{name} (fit)", Fitter, fitter, [job_unit(Path(job.out).name, job) for job in jobs], out / "fits")
             return {"fits": read_parquet(out / "fits").to_pylist()}
 
-        inputs = [*sorted({Path(folder) for job in jobs for folder in job.texts}), self.folder / "data", self.item_vectors]
         settings = {"jobs": [job.model_dump(exclude={"out", "texts"}) for job in jobs], **self.pool_settings()}
         return self.stage(f"{name}/fit", settings, inputs, [out], work)
 
@@ -437,8 +445,18 @@ class Run:
     def pool_settings(self) -> Report:
         return {"threads": self.config.cluster.threads_per_worker}
 
-    def map(self, label: str, worker: type, config: Any, units: Units, out: Path) -> None:
-        map_units(worker, config, units, out, self.config.cluster, lambda done, of: self.announce(label, done, of))
+    @property
+    def _skipping(self) -> Report:
+        """The part of a stage's key that says users may be missing."""
+        return {"skip_failed_rows": True} if self.config.sampling.skip_failed_rows else {}
+
+    def _failures(self, out: Path) -> Report:
+        """How many users a pool has left out of its results, for a stage's report."""
+        return {"failed_users": len(files.failed(out))} if self.config.sampling.skip_failed_rows else {}
+
+    def map(self, label: str, worker: type, config: Any, units: Units, out: Path, skip_failed: bool = False) -> None:
+        announce = partial(self.announce, label)
+        map_units(worker, config, units, out, self.config.cluster, announce, self.folder / "logs", skip_failed)
 
     def stage(self, name: str, settings: Any, inputs: list[Path], outputs: list[Path], work: Callable[[], Report]) -> Report:
         """Runs a stage of the run folder; `settings` (a mapping or a part of the configuration) and the seed are part of its key."""
@@ -449,7 +467,12 @@ class Run:
 
 def read_parquet_units(folder: Path) -> Units:
     """The units of a pool's output folder, by name."""
-    return [(path.stem, read_parquet(path)) for path in sorted(folder.glob("*.parquet"))]
+    return [(path.stem, read_parquet(path)) for path in sorted(folder.glob("*.parquet")) if not files.is_empty(path)]
+
+
+def left_out(vectors: list[Path]) -> set[str]:
+    """Users whose texts could not be had: those that sampling or encoding into these folders of vectors has failed on."""
+    return {user for folder in vectors for part in (folder.parent / "samples", folder) for user in files.failed(part)}
 
 
 def aligned_with(round_folder: Path) -> str | None:

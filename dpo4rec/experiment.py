@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dpo4rec import files
-from dpo4rec.driver import Report, Run
+from dpo4rec.driver import Report, Run, left_out
 from dpo4rec.evaluation.metrics import accuracy, per_user, ranked_labels
 from dpo4rec.evaluation.significance import paired_bootstrap
 from dpo4rec.files import stable_seed
@@ -235,9 +235,10 @@ class Experiment:
 
     @property
     def _data(self) -> RankingData:
+        """Without the users that a text of the evaluation could not be had for: conditions are compared on the same users."""
         if not hasattr(self, "_loaded"):
             self._loaded = RankingData.load(self.run.folder / "data")
-        return self._loaded
+        return self._loaded.without(left_out(list(self.folder.glob("texts/*/vectors"))))
 
     def _round(self, policy: str) -> int:
         return 0 if policy == "untuned" else self.config.rounds

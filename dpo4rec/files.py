@@ -73,7 +73,7 @@ def write_parquet(table: pa.Table, path: Path) -> None:
 
 
 def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """Reads a Parquet file, or all `*.parquet` of a folder in the order of their names.
+    """Reads a Parquet file, or all `*.parquet` of a folder in the order of their names; those that are empty have no schema to join.
 
     Raises `InputError` when it is missing or cannot be read.
     """
@@ -83,10 +83,23 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
     tables = []
     for part in parts:
         try:
-            tables.append(pq.read_table(part, columns=columns))
+            tables += [] if is_empty(part) else [pq.read_table(part, columns=columns)]
         except (pa.ArrowException, OSError) as error:
             raise corrupted(part, error) from error
-    return pa.concat_tables(tables)
+    return pa.concat_tables(tables) if tables else pa.table({})
+
+
+def is_empty(path: Path) -> bool:
+    """True for a Parquet file without columns: the result of a unit of work of which nothing was left. Raises `InputError` when damaged."""
+    try:
+        return pq.read_metadata(path).num_columns == 0
+    except (pa.ArrowException, OSError) as error:
+        raise corrupted(path, error) from error
+
+
+def failed(folder: Path) -> dict[str, str]:
+    """Users that were left out of a folder of results, each with its error: what `sampling.skip_failed_rows` has skipped."""
+    return {user: error for file in sorted(folder.glob("*.failed.json")) for user, error in read_json(file).items()}
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -1,112 +1,153 @@
-"""Runs a worker over units of work: in this process, or in a pool of Ray actors through Ray Data.
+"""Runs workers over units of work, one after another as a chain: in this process, or in pools of Ray actors through Ray Data.
 
-A unit is a table that is always processed whole, as one batch, and whose result is one file: results do not depend on how many
-workers there are, and what is finished stays finished.
+A unit is a table that is always processed whole, as one batch, and whose result is one file for each step: results do not depend on
+how many workers there are, and what is finished stays finished. Between steps only numbers of units travel; a step reads what the
+step before has written. So nothing can be lost on the way, and neither the driver nor the object store grows with the data.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import contextlib
+import json
+import math
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
-from dpo4rec import files
 from dpo4rec.cluster.config import ClusterConfig
+from dpo4rec.cluster.role_log import unfinished
+from dpo4rec.cluster.units import Source, Tables, Units, cut, readable
+from dpo4rec.cluster.worker import Step, UnitWorker
 from dpo4rec.errors import InputError
 from dpo4rec.settings import Settings
 
-Units = list[tuple[str, pa.Table]]
+__all__ = ["Source", "Step", "Units", "cut", "map_units", "start_ray", "stream_units"]
+
+Progress = Callable[[int, int], None]
+
+BLOCKS_PER_WORKER = 64
+"""Into which the units are parted on Ray: many, so that steps overlap and work is even; few, since each costs the driver milliseconds."""
+TASK_RETRIES = 5
+"""Deaths of workers that a block of units survives. A death (killed, lost node) is mostly chance, an exception is not."""
+RESTARTS = 30
+"""Of each actor in a run: an end to workers that die whenever they start."""
+
+
+def stream_units(
+    steps: list[Step],
+    units: Source | Units,
+    cluster: ClusterConfig,
+    progress: Progress = lambda done, of: None,
+    logs: Path | None = None,
+) -> None:
+    """Takes each unit through the steps, whose results are written to `<step.out>/<unit>.parquet` at once.
+
+    On Ray all steps run at the same time, each in its own pool: the second step works on the first units while the first step works on
+    later ones. In debug mode the same classes run in this process, unit after unit. What is on disk is not computed again.
+
+    Args:
+        steps: each but the first reads what the one before has written.
+        units: a source that reads units where they are worked on, or a list of few and small tables.
+        progress: called with the number of finished units and of all units.
+        logs: folder for one log file of each role and rank; None: none are written.
+
+    Raises:
+        InputError: a worker fails again and again: names user or unit, and ends with the worker's last log lines.
+    """
+    source = Tables(units) if isinstance(units, list) else units
+    for step in steps:
+        step.out.mkdir(parents=True, exist_ok=True)
+    waiting = [number for number in range(len(source)) if not all(readable(step.file(source.name(number))) for step in steps)]
+    done = len(source) - len(waiting)
+    progress(done, len(source))
+    if not waiting:
+        return
+    chain = [
+        {"step": step, "source": source, "before": before, "threads": cluster.threads_per_worker, "logs": logs}
+        for step, before in zip(steps, [None, *(step.out for step in steps)], strict=False)
+    ]
+    with contextlib.closing(_here(chain, waiting) if cluster.kind == "debug" else _on_ray(chain, waiting, cluster, logs)) as finished:
+        for block in finished:
+            for failure in block["failure"].drop_null().to_pylist():
+                raise InputError(*json.loads(failure))
+            done += len(block)
+            progress(done, len(source))
 
 
 def map_units(
     worker: Callable[[Any], Callable[[pa.Table], pa.Table]],
     config: Settings,
-    units: Units,
+    units: Source | Units,
     out: Path,
     cluster: ClusterConfig,
-    progress: Callable[[int, int], None] = lambda done, of: None,
+    progress: Progress = lambda done, of: None,
+    logs: Path | None = None,
+    skip_failed: bool = False,
 ) -> None:
-    """Writes `worker(config)(table)` to `out/<name>.parquet` for each unit `(name, table)`; units whose file is there are skipped.
-
-    Args:
-        worker: class with `__init__(config)` and `__call__(table) -> table`.
-        progress: called with the number of finished units and of all units.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    waiting = [(name, table) for name, table in units if not readable(out / f"{name}.parquet")]
-    done = len(units) - len(waiting)
-    progress(done, len(units))
-    if not waiting:
-        return
-    arguments = {"worker": worker, "config": config, "out": out, "threads": cluster.threads_per_worker}
-    tagged = [table.append_column("__unit__", pa.array([name] * len(table))) for name, table in waiting]
-    for finished in _here(arguments, tagged) if cluster.kind == "debug" else _on_ray(arguments, tagged, cluster):
-        done += finished
-        progress(done, len(units))
+    """`stream_units` with a single step: writes `worker(config)(table)` to `out/<unit>.parquet` for each unit."""
+    name = getattr(worker, "__name__", "worker").lower()
+    step = Step(worker, config, out, cluster.workers, cluster.gpus_per_worker, name, skip_failed=skip_failed)
+    stream_units([step], units, cluster, progress, logs)
 
 
-def cut(table: pa.Table, rows: int) -> Units:
-    """Consecutive units of `rows` rows (the last may be shorter), named by their number."""
-    return [(f"unit-{start // rows:05d}", table.slice(start, rows)) for start in range(0, len(table), rows)]
+def _blocks(waiting: list[int], count: int) -> list[pa.Table]:
+    """The units' numbers in at most `count` tables, in order."""
+    parts = np.array_split(np.array(waiting), min(count, len(waiting)))
+    return [pa.table({"unit": part, "failure": pa.nulls(len(part), pa.string())}) for part in parts]
 
 
-def readable(path: Path) -> bool:
-    """True when the Parquet file is there and whole; a damaged one is deleted, so that its unit runs again."""
-    if not path.exists():
-        return False
-    try:
-        pq.read_metadata(path)
-        return True
-    except (pa.ArrowException, OSError):
-        files.remove(path)
-        return False
-
-
-class UnitWorker:
-    """A worker whose results go to disk at once, each unit to a file of its own."""
-
-    def __init__(self, worker: Callable[[Any], Callable[[pa.Table], pa.Table]], config: Settings, out: Path, threads: int) -> None:
-        torch.set_num_threads(threads)
-        self.worker, self.out = worker(config), out
-
-    def __call__(self, block: pa.Table) -> pa.Table:
-        names = block["__unit__"].unique().to_pylist()
-        for name in names:
-            mask = pa.compute.equal(block["__unit__"], name)
-            files.write_parquet(self.worker(block.filter(mask).drop_columns(["__unit__"]).combine_chunks()), self.out / f"{name}.parquet")
-        return pa.table({"unit": pa.array(names, pa.string())})
-
-
-def _here(arguments: dict[str, Any], tables: Iterable[pa.Table]) -> Iterator[int]:
+def _here(chain: list[dict[str, Any]], waiting: list[int]) -> Generator[pa.Table, None, None]:
     threads = torch.get_num_threads()
+    workers: list[UnitWorker] = []
     try:
-        worker = UnitWorker(**arguments)
-        for table in tables:
-            yield len(worker(table))
+        workers.extend(UnitWorker(**arguments) for arguments in chain)
+        for block in _blocks(waiting, len(waiting)):
+            for worker in workers:
+                block = worker(block)
+            yield block
     finally:
         torch.set_num_threads(threads)
+        for worker in workers:
+            worker.log.close()
 
 
-def _on_ray(arguments: dict[str, Any], tables: list[pa.Table], cluster: ClusterConfig) -> Iterator[int]:
+def _on_ray(chain: list[dict[str, Any]], waiting: list[int], cluster: ClusterConfig, logs: Path | None) -> Generator[pa.Table, None, None]:
     import ray
 
     start_ray(cluster)
-    finished = ray.data.from_arrow(tables).map_batches(
-        UnitWorker,
-        fn_constructor_kwargs=arguments,
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=min(cluster.workers, len(tables))),
-        num_cpus=1,
-        num_gpus=cluster.gpus_per_worker,
-        memory=cluster.memory_per_worker_gib * 2**30 or None,
-        max_restarts=3,
-        max_task_retries=3,
+    steps: list[Step] = [arguments["step"] for arguments in chain]
+    blocks = _blocks(waiting, BLOCKS_PER_WORKER * max(step.workers for step in steps))
+    # what the cluster cannot give in whole CPUs is shared: the reservation decides on places, `threads` on speed
+    cpus = min(1.0, math.floor(100 * (ray.cluster_resources()["CPU"] - 1) / sum(step.workers for step in steps)) / 100)
+    stream: ray.data.Dataset = ray.data.from_arrow(blocks)
+    for step, arguments in zip(steps, chain, strict=True):
+        stream = stream.map_batches(
+            UnitWorker,
+            fn_constructor_kwargs=arguments,
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=min(step.workers, len(blocks))),
+            num_cpus=cpus,
+            num_gpus=step.gpus,
+            memory=cluster.memory_per_worker_gib * 2**30 or None,
+            max_restarts=RESTARTS,
+            max_task_retries=TASK_RETRIES,
+        )
+    try:
+        yield from stream.iter_batches(batch_size=None, batch_format="pyarrow")
+    except ray.exceptions.RayError as error:
+        raise _died(steps, logs, error) from error
+
+
+def _died(steps: list[Step], logs: Path | None, error: Exception) -> InputError:
+    at_work = [line for step in steps for line in (unfinished(logs, step.name) if logs is not None else [])]
+    cause = f"workers died more than {TASK_RETRIES} times on the same units ({type(error).__name__})"
+    remedy = "See whether memory is short (cluster.memory_per_worker_gib, smaller units); the same command continues"
+    return InputError(
+        ", ".join(step.name for step in steps), cause, "\n".join([remedy, *(f"  at work when it died: {line}" for line in at_work)])
     )
-    for batch in finished.iter_batches(batch_size=None, batch_format="pyarrow"):
-        yield len(batch)
 
 
 def start_ray(cluster: ClusterConfig) -> None:

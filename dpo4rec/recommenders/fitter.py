@@ -28,11 +28,15 @@ class FitJob(Settings):
 
 
 class FitterConfig(Settings):
-    """What all jobs share: the data folder, the item vectors (None: no job reads item text), the training users' folds."""
+    """What all jobs share: the data folder, the item vectors (None: no job reads item text), the training users' folds.
+
+    Users in `left_out` have no texts, since sampling or encoding failed on them: they take no part.
+    """
 
     data: str
     item_vectors: str | None
     user_folds: dict[str, int] = {}
+    left_out: list[str] = []
 
 
 def job_unit(name: str, job: FitJob) -> tuple[str, pa.Table]:
@@ -44,7 +48,7 @@ class Fitter:
 
     def __init__(self, config: FitterConfig) -> None:
         self.config = config
-        self.data = RankingData.load(Path(config.data))
+        self.data = RankingData.load(Path(config.data)).without(set(config.left_out))
         self.item_vectors = files.read_tensors(Path(config.item_vectors))["item_vectors"] if config.item_vectors else None
 
     def __call__(self, unit: pa.Table) -> pa.Table:

@@ -4,7 +4,7 @@ U users, I items, L lists of K candidates, histories of at most H items, at most
 `item_ids` has code i + 1.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -70,6 +70,11 @@ class RankingData:
     def users_of(self, split: str) -> Tensor:
         """Mask [U] of the users of "train", "validation" or "test"."""
         return self.user_splits == SPLITS.index(split)
+
+    def without(self, users: set[str]) -> "RankingData":
+        """The same data where these users belong to no split."""
+        kept = torch.tensor([user not in users for user in self.user_ids])
+        return replace(self, user_splits=self.user_splits.where(kept, -1))
 
     def lists_of(self, users: Tensor) -> Tensor:
         """Numbers of the lists of the users in the mask [U], ascending."""

@@ -1,0 +1,278 @@
+"""Units through a chain of workers, in this process and on a real local Ray: nothing lost, nothing twice, faults named."""
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dpo4rec import driver
+from dpo4rec.cluster import pool
+from dpo4rec.cluster.config import ClusterConfig
+from dpo4rec.cluster.pool import Step, cut, map_units, stream_units
+from dpo4rec.cluster.units import Files, Rows
+from dpo4rec.config import resolve
+from dpo4rec.driver import Run
+from dpo4rec.errors import InputError
+from dpo4rec.experiment import Experiment
+from dpo4rec.files import content_hash, failed, read_parquet
+from dpo4rec.knowledge.sampling import Sampler
+from dpo4rec.settings import Settings
+
+HERE, RAY = ClusterConfig(kind="debug"), ClusterConfig(kind="ray", workers=2)
+
+
+class WriterConfig(Settings):
+    """What a worker does beside its work: `dies` is a folder that notes deaths; without `always` there is one."""
+
+    fails_on: list[str] = []
+    dies_on: str | None = None
+    dies: str = ""
+    always: bool = False
+    seconds: float = 0
+
+
+class Writer:
+    """Two texts a user."""
+
+    def __init__(self, config: WriterConfig) -> None:
+        self.config = config
+
+    def __call__(self, unit: pa.Table) -> pa.Table:
+        time.sleep(self.config.seconds)
+        rows = []
+        for user in unit["user_id"].to_pylist():
+            if user in self.config.fails_on:
+                raise ArithmeticError(f"cannot write for {user}")
+            if user == self.config.dies_on:
+                self._die()
+            rows += [{"user_id": user, "sample": sample, "text": f"{user} likes {sample}"} for sample in range(2)]
+        return pa.Table.from_pylist(rows)
+
+    def _die(self) -> None:
+        noted = Path(self.config.dies) / "died"
+        if self.config.always or not noted.exists():
+            noted.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Counter:
+    """The length of each text."""
+
+    def __init__(self, config: WriterConfig) -> None:
+        self.config = config
+
+    def __call__(self, unit: pa.Table) -> pa.Table:
+        time.sleep(self.config.seconds)
+        return unit.append_column("length", pa.compute.utf8_length(unit["text"]))
+
+
+USERS = pa.table({"user_id": [f"u{number}" for number in range(20)], "split": ["train", "test"] * 10})
+
+
+def chain(folder: Path, writer: WriterConfig | None = None, seconds: float = 0, skip_failed: bool = False) -> list[Step]:
+    return [
+        Step(Writer, writer or WriterConfig(), folder / "texts", 2, name="writer", skip_failed=skip_failed),
+        Step(Counter, WriterConfig(seconds=seconds), folder / "lengths", 2, name="counter", skip_failed=skip_failed),
+    ]
+
+
+def lines(logs: Path, role: str, word: str) -> list[tuple[str, str]]:
+    """(time, text) of the lines of a role that hold the word, in order."""
+    found = [line.split(" ", 1) for file in logs.glob(f"{role}-*.log") for line in file.read_text().splitlines()]
+    return sorted((time, text) for time, text in found if word in text)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The chain's result in this process; read-only."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    stream_units(chain(folder), cut(USERS, 3), HERE)
+    return folder
+
+
+# -- in this process ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_chain_gives_what_its_steps_give_one_after_another(undisturbed: Path, tmp_path: Path) -> None:
+    map_units(Writer, WriterConfig(), cut(USERS, 3), tmp_path / "texts", HERE)
+    map_units(Counter, WriterConfig(), Files(tmp_path / "texts"), tmp_path / "lengths", HERE)
+    assert content_hash(tmp_path) == content_hash(undisturbed)
+    table = read_parquet(tmp_path / "lengths")
+    assert table["user_id"].to_pylist() == [user for user in USERS["user_id"].to_pylist() for _ in range(2)]
+    assert table["length"].to_pylist() == [len(text) for text in table["text"].to_pylist()]
+
+
+@pytest.mark.parametrize("where", [None, ("split", ["test"])])
+def test_rows_of_a_file_are_the_units_of_its_table(where: tuple[str, list[str]] | None, tmp_path: Path) -> None:
+    pq.write_table(USERS, tmp_path / "users.parquet", row_group_size=7)
+    table = USERS.filter(pa.compute.equal(USERS["split"], "test")) if where else USERS
+    expected = [(name, unit.select(["user_id"])) for name, unit in cut(table, 3)]
+    rows = Rows(tmp_path / "users.parquet", 3, ["user_id"], where)
+    assert [(rows.name(number), rows.read(number).to_pydict()) for number in range(len(rows))] == [(n, t.to_pydict()) for n, t in expected]
+
+
+def test_a_unit_is_read_when_its_turn_comes(undisturbed: Path, tmp_path: Path) -> None:
+    class Watched(Rows):
+        def read(self, number: int) -> pa.Table:
+            assert len(list((tmp_path / "run" / "lengths").glob("*.parquet"))) == number  # all before it have gone through all steps
+            return super().read(number)
+
+    pq.write_table(USERS, tmp_path / "users.parquet", row_group_size=5)
+    stream_units(chain(tmp_path / "run"), Watched(tmp_path / "users.parquet", 3), HERE)
+    assert content_hash(tmp_path / "run") == content_hash(undisturbed)
+
+
+def test_what_is_there_is_read_and_not_made_again(undisturbed: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    stream_units(chain(tmp_path), cut(USERS, 3), HERE)
+    damaged, lost = tmp_path / "texts" / "unit-00001.parquet", tmp_path / "lengths" / "unit-00003.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:50])
+    lost.unlink()
+    stream_units(chain(tmp_path), cut(USERS, 3), HERE, lambda done, of: seen.append((done, of)), tmp_path / "logs")
+    assert seen == [(5, 7), (6, 7), (7, 7)]
+    assert [text.split()[1] for _, text in lines(tmp_path / "logs", "writer", " done")] == ["unit-00001"]
+    assert [text.split()[1] for _, text in lines(tmp_path / "logs", "counter", " done")] == ["unit-00003"]
+    assert content_hash(tmp_path / "lengths") == content_hash(undisturbed / "lengths")
+
+
+def test_what_a_step_does_not_take_is_not_in_its_result(tmp_path: Path) -> None:
+    def even(table: pa.Table) -> pa.Table:
+        return table.filter(pa.compute.is_in(table["user_id"], pa.array(["u0", "u2", "u7"]))).select(["user_id", "text"])
+
+    write, count = chain(tmp_path)
+    stream_units([write, Step(Counter, count.config, count.out, take=even)], cut(USERS, 3), HERE)
+    assert read_parquet(count.out, ["user_id", "length"])["user_id"].to_pylist() == ["u0", "u0", "u2", "u2", "u7", "u7"]
+    assert read_parquet(count.out).column_names == ["user_id", "text", "length"]
+
+
+def test_the_failing_user_is_named_with_the_workers_last_words(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as raised:
+        stream_units(chain(tmp_path, WriterConfig(fails_on=["u7", "u8"])), cut(USERS, 3), HERE, logs=tmp_path / "logs")
+    named_as_the_failing_user(raised.value, tmp_path)
+
+
+def named_as_the_failing_user(error: InputError, folder: Path) -> None:
+    assert error.where == "writer, user_id u7"
+    assert "ArithmeticError: cannot write for u7" in str(error)
+    assert "skip_failed_rows" in error.remedy
+    assert 'raise ArithmeticError(f"cannot write for {user}")' in error.remedy  # the end of its traceback
+    assert len(lines(folder / "logs", "writer", "unit-00002 failed as a whole")) == 2
+
+
+def test_a_worker_that_cannot_start_says_so(tmp_path: Path) -> None:
+    class Unable(Writer):
+        def __init__(self, config: WriterConfig) -> None:
+            raise InputError("encoder.name", "cannot be loaded", "Give a folder")
+
+    with pytest.raises(InputError, match=r"^encoder.name: cannot be loaded. Give a folder$"):
+        map_units(Unable, WriterConfig(), cut(USERS, 3), tmp_path, HERE)
+
+
+def test_failing_users_are_left_out_and_listed(undisturbed: Path, tmp_path: Path) -> None:
+    steps = chain(tmp_path, WriterConfig(fails_on=["u7", "u19"]), skip_failed=True)
+    stream_units(steps, cut(USERS, 3), HERE)  # u19 is alone in its unit with u18
+    whole = read_parquet(undisturbed / "lengths").to_pylist()
+    assert read_parquet(tmp_path / "lengths").to_pylist() == [row for row in whole if row["user_id"] not in ("u7", "u19")]
+    assert failed(tmp_path / "texts") == {user: f"ArithmeticError: cannot write for {user}" for user in ("u7", "u19")}
+    assert failed(tmp_path / "lengths") == {}
+    before = content_hash(tmp_path)
+    stream_units(steps, cut(USERS, 3), HERE)  # what is left out is done, too
+    assert content_hash(tmp_path) == before
+
+
+def test_a_unit_of_one_failing_user_is_empty(tmp_path: Path) -> None:
+    stream_units(chain(tmp_path, WriterConfig(fails_on=["u7"]), skip_failed=True), cut(USERS, 1), HERE)
+    assert set(read_parquet(tmp_path / "lengths", ["user_id"])["user_id"].to_pylist()) == set(USERS["user_id"].to_pylist()) - {"u7"}
+    assert len(Files(tmp_path / "lengths")) == 19
+    assert failed(tmp_path / "texts").keys() == {"u7"}
+
+
+def test_a_broken_worker_is_not_taken_for_bad_users(tmp_path: Path) -> None:
+    steps = chain(tmp_path, WriterConfig(fails_on=["u6", "u7", "u8"]), skip_failed=True)
+    with pytest.raises(InputError, match="writer, unit-00002: the worker fails on each user of the unit"):
+        stream_units(steps, cut(USERS, 3), HERE)
+
+
+class FussySampler(Sampler):
+    """Fails on some users, however often it is asked."""
+
+    fails_on: set[str] = set()
+
+    def __call__(self, unit: pa.Table) -> pa.Table:
+        if self.fails_on & set(unit["user_id"].to_pylist()):
+            raise ArithmeticError("not this one")
+        return super().__call__(unit)
+
+
+def test_a_run_goes_on_without_failing_users_and_counts_them(micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(resolve("quickstart", micro, ["sampling.skip_failed_rows=true"]), tmp_path)
+    run.prepare()
+    users = {row["split"]: row["user_id"] for row in read_parquet(tmp_path / "data" / "users.parquet").to_pylist()}
+    monkeypatch.setattr(driver, "Sampler", FussySampler)
+    monkeypatch.setattr(FussySampler, "fails_on", set(users.values()))  # one of each split
+    run.rounds()
+    results = Experiment(run).evaluate()
+    run.folder.release()
+    stages = json.loads((tmp_path / "manifest.json").read_text())["stages"]
+    assert stages["round-0/sample"]["report"]["failed_users"] == 2
+    assert failed(tmp_path / "round-0" / "samples").keys() == {users["train"], users["validation"]}
+    assert users["train"] not in read_parquet(tmp_path / "round-0" / "pairs" / "answers.parquet")["user_id"].to_pylist()
+    per_user = read_parquet(tmp_path / "evaluation" / "per_user.parquet").to_pandas()
+    assert users["test"] not in set(per_user.user_id)
+    assert per_user.groupby("condition").size().unique().tolist() == [results["test_users"]]  # the same users in every condition
+
+
+# -- on Ray ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """The pool starts a local Ray by itself; it ends with these tests. Its actors cannot import this file, so its classes travel."""
+    import ray
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    yield
+    ray.shutdown()
+    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+def test_steps_on_ray_work_at_the_same_time_and_give_the_same_bytes(local_ray: None, undisturbed: Path, tmp_path: Path) -> None:
+    pq.write_table(USERS, tmp_path / "users.parquet", row_group_size=5)
+    units = Rows(tmp_path / "users.parquet", 3)
+    stream_units(chain(tmp_path / "run", WriterConfig(seconds=0.5)), units, RAY, logs=tmp_path / "logs")
+    assert content_hash(tmp_path / "run") == content_hash(undisturbed)
+    assert lines(tmp_path / "logs", "counter", " done")[0] < lines(tmp_path / "logs", "writer", " done")[-1]
+    assert {file.name for file in (tmp_path / "logs").iterdir()} == {
+        f"{role}-{rank}.log" for role in ("writer", "counter") for rank in (0, 1)
+    }
+
+
+def test_a_worker_killed_in_the_middle_of_a_unit_loses_nothing(local_ray: None, undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    stream_units(chain(run, WriterConfig(dies_on="u7", dies=str(tmp_path))), cut(USERS, 3), RAY, logs=tmp_path / "logs")
+    assert (tmp_path / "died").exists()
+    assert len(lines(tmp_path / "logs", "writer", "unit-00002 begun")) == 2
+    assert len(lines(tmp_path / "logs", "writer", "pid")) == 3  # two workers, and the one in place of the dead
+    assert content_hash(run) == content_hash(undisturbed)
+
+
+def test_the_failing_user_is_named_on_ray_as_well(local_ray: None, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as raised:
+        stream_units(chain(tmp_path, WriterConfig(fails_on=["u7"])), cut(USERS, 3), RAY, logs=tmp_path / "logs")
+    named_as_the_failing_user(raised.value, tmp_path)
+
+
+def test_a_unit_that_kills_every_worker_stops_the_run(local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "TASK_RETRIES", 1)
+    steps = chain(tmp_path / "run", WriterConfig(dies_on="u7", dies=str(tmp_path), always=True))
+    with pytest.raises(InputError, match=re.compile(r"died more than 1 times.*unit-00002 begun: 3 rows, u6 to u8", re.DOTALL)):
+        stream_units(steps, cut(USERS, 3), RAY, logs=tmp_path / "logs")
