@@ -7,9 +7,8 @@ Model: Llama shape, hidden 256, 6 layers, vocabulary 8,000, random weights. 10 t
 tokens, T = 1; no text ends early. `generate` gets `num_return_sequences=10` and prompts of like length together, left-padded; its rate is
 that of the best batch tried. Every rate is the best of `--repeats`, the sides taking turns.
 
-The limit is what the machine's plain matrix product of that size would allow: tokens/s = FLOP/s of [rows, 256] x [256, 688] / FLOPs a token.
-FLOPs a token = 2 * weights of layers and output + 4 * hidden * layers * mean context, and its share of the prompt's prefill, once for all
-samples.
+The limit is what the machine's plain matrix product would allow: FLOP/s of [rows, 256] x [256, 688] / FLOPs a token. FLOPs a token =
+2 * weights of layers and output + 4 * hidden * layers * mean context + its share of the prompt's prefill, once for all samples.
 """
 
 import argparse
