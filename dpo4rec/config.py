@@ -123,6 +123,15 @@ def resolve(preset: str | None, file: Path | None, settings: list[str]) -> Confi
         values = _merged(values, read_yaml(file))
     for setting in settings:
         values = _merged(values, _parsed(setting))
+    return config_of(values)
+
+
+def config_of(values: dict[str, Any]) -> Config:
+    """The configuration with these values, and defaults for the others.
+
+    Raises:
+        InputError: as `resolve`.
+    """
     try:
         return Config.model_validate(values)
     except ValidationError as error:

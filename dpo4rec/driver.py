@@ -13,7 +13,7 @@ import torch
 from dpo4rec import files
 from dpo4rec.alignment.job import OnlineSettings, read_job, write_job
 from dpo4rec.cluster.pool import Units, cut, map_units, start_ray
-from dpo4rec.config import FREE, Config
+from dpo4rec.config import FREE, Config, config_of
 from dpo4rec.data.prepare import prepare
 from dpo4rec.data.sources import source_files
 from dpo4rec.files import content_hash, read_parquet, stable_seed
@@ -64,7 +64,7 @@ class Run:
 
     def __init__(self, config: Config, path: Path, announce: Callable[[str, int, int], None] = lambda stage, done, of: None) -> None:
         self.config, self.announce = config, announce
-        self.folder = RunFolder(path.resolve(), config.model_dump(mode="json"), FREE)
+        self.folder = RunFolder(path.resolve(), config.model_dump(mode="json"), FREE, lambda own: config_of(own).model_dump(mode="json"))
         torch.set_num_threads(config.cluster.training_threads)
 
     def rounds(self) -> None:
