@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,9 @@ VOCABULARY, PER_STEP = 8_000, 16
 Result = dict[str, Any]
 
 
-def make_model(folder: Path) -> None:
-    """Random weights, and a tokenizer of one token a word."""
-    words = ["<unk>", "<pad>", "</s>", *(f"w{i}" for i in range(VOCABULARY - 3))]
+def make_model(folder: Path, known: Sequence[str] = ()) -> None:
+    """Random weights, and a tokenizer of one token a word: the `known` ones, and made-up ones beside them."""
+    words = ["<unk>", "<pad>", "</s>", *known, *(f"w{i}" for i in range(VOCABULARY - 3 - len(known)))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="</s>").save_pretrained(folder)
