@@ -37,6 +37,7 @@ from dpo4rec.settings import Settings
 
 STORE_BYTES = 100 * 2**20
 """Object store of each node: units are tiny."""
+HEAD = {"num_cpus": 2, "num_gpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False}
 
 
 class Sleeper:
@@ -79,7 +80,7 @@ def simulate(nodes: int, gpus_per_node: int, seconds: np.ndarray, out: Path) -> 
     from ray.cluster_utils import Cluster
 
     workers = nodes * gpus_per_node
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 0, "object_store_memory": STORE_BYTES})
+    cluster = Cluster(initialize_head=True, head_node_args=HEAD)
     try:
         for _ in range(nodes):
             cluster.add_node(num_cpus=gpus_per_node, num_gpus=gpus_per_node, object_store_memory=STORE_BYTES)

@@ -7,7 +7,7 @@ import pytest
 from benchmarks import scaling
 from dpo4rec.files import read_json
 
-ONES = dict.fromkeys((field.name for field in fields(scaling.Inputs)), 1.0)
+ONES = {field.name: 1.0 for field in fields(scaling.Inputs)} | {"folds": 2.0}
 
 
 def inputs(**values: float) -> scaling.Inputs:

@@ -1,4 +1,4 @@
-"""The pool on a simulated cluster of two nodes with two fake GPUs each."""
+"""The pool on a simulated cluster: a head and a node with four fake GPUs."""
 
 from collections import Counter
 from pathlib import Path
@@ -21,7 +21,7 @@ def test_unit_times_keep_the_shape_of_the_measured_ones_and_have_the_mean_asked_
 
 def test_each_worker_has_a_gpu_of_its_own_and_every_unit_runs_once(tmp_path: Path) -> None:
     seconds = np.full(24, 0.2)
-    found = simulate(nodes=2, gpus_per_node=2, seconds=seconds, out=tmp_path / "units")
+    found = simulate(nodes=1, gpus_per_node=4, seconds=seconds, out=tmp_path / "units")
     slept = read_parquet(tmp_path / "units")
     assert len(slept) == found["units"] == 24
     assert found["workers"] == 4
