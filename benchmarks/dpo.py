@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,16 @@ VOCABULARY, PER_STEP = 8_000, 16
 Result = dict[str, Any]
 
 
-def make_model(folder: Path) -> None:
-    """Random weights, and a tokenizer of one token a word."""
-    words = ["<unk>", "<pad>", "</s>", *(f"w{i}" for i in range(VOCABULARY - 3))]
+def make_model(folder: Path, known: Sequence[str] = (), vocabulary: int = VOCABULARY, hidden: int = 256, layers: int = 6) -> None:
+    """Random weights, and a tokenizer of one token a word: the `known` ones, and made-up ones beside them."""
+    words = ["<unk>", "<pad>", "</s>", *known, *(f"w{i}" for i in range(vocabulary - 3 - len(known)))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="</s>").save_pretrained(folder)
     torch.manual_seed(0)
-    shape = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 4}
+    shape = {"hidden_size": hidden, "intermediate_size": hidden * 43 // 16, "num_hidden_layers": layers, "num_attention_heads": 4}
     special = {"pad_token_id": 1, "eos_token_id": 2, "bos_token_id": None}
-    LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **shape, **special, max_position_embeddings=2048)).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **shape, **special, max_position_embeddings=2048)).save_pretrained(folder)
 
 
 def make_pairs(path: Path, prompt: int, answer: int, answers: int, pairs: int) -> None:
