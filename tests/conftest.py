@@ -15,6 +15,8 @@ from dpo4rec.experiment import Experiment
 
 REAL_DATA = Path(os.environ.get("DPO4REC_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
+os.environ.setdefault("RAY_worker_niceness", "0")
+"""Ray's workers give way to everything else by default: beside another test process they would starve."""
 
 FIRST, LAST = "test_ray_jobs.py", "test_alignment_processes.py"
 """Files whose tests start Ray, and take longest: with two test processes they shall not meet."""

@@ -126,7 +126,7 @@ def _on_ray(chain: list[dict[str, Any]], waiting: list[int], cluster: ClusterCon
         stream = stream.map_batches(
             UnitWorker,
             fn_constructor_kwargs=arguments,
-            batch_size=None,
+            batch_size=1,  # Ray wants a number where there are GPUs; a row is the number of a unit
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=min(step.workers, len(blocks))),
             num_cpus=cpus,
