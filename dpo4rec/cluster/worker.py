@@ -52,8 +52,8 @@ class Step:
 class UnitWorker:
     """Runs a step on units by number: table with columns unit (int64) and failure (string) in, the same out.
 
-    A failure is the parts of an `InputError` as JSON, null where there is none. It travels as data, so that an error is the same in this
-    process and on Ray, and is passed on by the steps after it.
+    A failure is the parts of an `InputError` as JSON, empty where there is none. It travels as data, so that an error is the same in
+    this process and on Ray, and is passed on by the steps after it.
 
     Args:
         step: what to run.
@@ -67,7 +67,7 @@ class UnitWorker:
         torch.set_num_threads(threads)
         self.step, self.source, self.before = step, source, before
         self.log = RoleLog(logs, step.name)
-        self.broken: str | None = None
+        self.broken = ""
         try:
             self.worker = step.worker(step.config)
         except Exception as error:
@@ -82,14 +82,14 @@ class UnitWorker:
                 break  # the run stops, so what comes after it can wait
         return pa.table({"unit": pa.array(numbers, pa.int64()), "failure": pa.array(failures, pa.string())})
 
-    def _failure_of(self, number: int) -> str | None:
+    def _failure_of(self, number: int) -> str:
         """Makes the unit's file unless it is there; returns what went wrong."""
         name = self.source.name(number)
         if readable(self.step.file(name)):
-            return None
+            return ""
         try:
             self._make(name, self._input(number, name))
-            return None
+            return ""
         except Exception as error:
             return self._said(error, f"{self.step.name}, {name}", "it cannot be made")
 
