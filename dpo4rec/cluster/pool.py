@@ -98,10 +98,10 @@ def _here(chain: list[dict[str, Any]], waiting: list[int]) -> Generator[pa.Table
     try:
         workers.extend(UnitWorker(**arguments) for arguments in chain)
         for number in waiting:
-            block = pa.table({"unit": [number], "failure": [""]})
+            unit = pa.table({"unit": [number], "failure": [""]})
             for worker in workers:
-                block = worker(block)
-            yield block
+                unit = worker(unit)
+            yield unit
     finally:
         torch.set_num_threads(threads)
         for worker in workers:
@@ -121,7 +121,7 @@ def _on_ray(chain: list[dict[str, Any]], waiting: list[int], cluster: ClusterCon
         stream = stream.map_batches(
             UnitWorker,
             fn_constructor_kwargs=arguments,
-            batch_size=None,
+            batch_size=1,  # one unit; without a number Ray Data refuses pools with GPUs
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=min(step.workers, blocks)),
             num_cpus=cpus,
