@@ -54,7 +54,7 @@ SETTINGS = [
     "reward.seeds=1",
     "cluster.training_threads=1",
 ]
-USERS_PER_UNIT, KILLS_PER_RUN, LONGEST_RUN_SECONDS = 2, 10, 600
+USERS_PER_UNIT, LONGEST_RUN_SECONDS = 4, 600
 PACE_SECONDS = {"sampler": 1.0, "encoder": 0.2, "scorer": 0.7}
 """Of a unit, beside its work: a device that is busy."""
 NODE = {"num_cpus": 4, "num_gpus": 3, "object_store_memory": 100 * 2**20}
@@ -204,6 +204,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--kills-per-run", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--drive", type=Path, help="inner: be the driver of the run in this folder")
     parser.add_argument("--gpus", action="store_true", help="inner: workers ask for GPUs")
@@ -213,13 +214,14 @@ def main() -> int:
         return 0
     folder, clock, begun = options.folder.resolve(), random.Random(options.seed), time.monotonic()
     prepare(folder / "prepared")
+    remove(folder / "undisturbed")
     drive(folder / "prepared", folder / "undisturbed", "debug", False)
     runs: list[dict[str, Any]] = []
     while (left := options.kills - sum(len(run["faults"]) for run in runs)) > 0:
         out, nodes = folder / f"run-{len(runs)}", len(runs) % 2 == 1
         remove(out)
         seconds = time.monotonic()
-        faults = disturbed(Place(folder / "prepared", out, nodes), min(left, KILLS_PER_RUN), clock)
+        faults = disturbed(Place(folder / "prepared", out, nodes), min(left, options.kills_per_run), clock)
         result = compare(folder / "undisturbed", out)
         runs.append({"nodes": 3 if nodes else 1, "seconds": round(time.monotonic() - seconds, 1), **result, "faults": faults})
         print(json.dumps(runs[-1]), flush=True)

@@ -79,8 +79,8 @@ USERS = pa.table({"user_id": [f"u{number}" for number in range(20)], "split": ["
 
 def chain(folder: Path, writer: WriterConfig | None = None, seconds: float = 0, skip_failed: bool = False) -> list[Step]:
     return [
-        Step(Writer, writer or WriterConfig(), folder / "texts", 2, name="writer", skip_failed=skip_failed),
-        Step(Counter, WriterConfig(seconds=seconds), folder / "lengths", 2, name="counter", skip_failed=skip_failed),
+        Step(Writer, writer or WriterConfig(), folder / "texts", 2, 0.5, "writer", skip_failed=skip_failed),
+        Step(Counter, WriterConfig(seconds=seconds), folder / "lengths", 2, 0.5, "counter", skip_failed=skip_failed),
     ]
 
 
@@ -235,9 +235,10 @@ def test_a_run_goes_on_without_failing_users_and_counts_them(micro: Path, tmp_pa
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    """The pool starts a local Ray by itself; it ends with these tests. Its actors cannot import this file, so its classes travel."""
+    """A local Ray with GPUs that it is told of; its actors cannot import this file, so the classes travel."""
     import ray
 
+    ray.init(address="local", num_cpus=4, num_gpus=2, include_dashboard=False)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     yield
     ray.shutdown()

@@ -12,7 +12,6 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 
@@ -70,7 +69,8 @@ def stream_units(
     ]
     with contextlib.closing(_here(chain, waiting) if cluster.kind == "debug" else _on_ray(chain, waiting, cluster, logs)) as finished:
         for block in finished:
-            for failure in block["failure"].drop_null().to_pylist():
+            failure = next(filter(None, block["failure"].to_pylist()), None)
+            if failure is not None:
                 raise InputError(*json.loads(failure))
             done += len(block)
             progress(done, len(source))
@@ -92,21 +92,16 @@ def map_units(
     stream_units([step], units, cluster, progress, logs)
 
 
-def _blocks(waiting: list[int], count: int) -> list[pa.Table]:
-    """The units' numbers in at most `count` tables, in order."""
-    parts = np.array_split(np.array(waiting), min(count, len(waiting)))
-    return [pa.table({"unit": part, "failure": pa.nulls(len(part), pa.string())}) for part in parts]
-
-
 def _here(chain: list[dict[str, Any]], waiting: list[int]) -> Generator[pa.Table, None, None]:
     threads = torch.get_num_threads()
     workers: list[UnitWorker] = []
     try:
         workers.extend(UnitWorker(**arguments) for arguments in chain)
-        for block in _blocks(waiting, len(waiting)):
+        for number in waiting:
+            unit = pa.table({"unit": [number], "failure": [""]})
             for worker in workers:
-                block = worker(block)
-            yield block
+                unit = worker(unit)
+            yield unit
     finally:
         torch.set_num_threads(threads)
         for worker in workers:
@@ -118,17 +113,17 @@ def _on_ray(chain: list[dict[str, Any]], waiting: list[int], cluster: ClusterCon
 
     start_ray(cluster)
     steps: list[Step] = [arguments["step"] for arguments in chain]
-    blocks = _blocks(waiting, BLOCKS_PER_WORKER * max(step.workers for step in steps))
+    blocks = min(len(waiting), BLOCKS_PER_WORKER * max(step.workers for step in steps))
     # what the cluster cannot give in whole CPUs is shared: the reservation decides on places, `threads` on speed
     cpus = min(1.0, math.floor(100 * (ray.cluster_resources()["CPU"] - 1) / sum(step.workers for step in steps)) / 100)
-    stream: ray.data.Dataset = ray.data.from_arrow(blocks)
+    stream: ray.data.Dataset = ray.data.from_items([{"unit": number, "failure": ""} for number in waiting], override_num_blocks=blocks)
     for step, arguments in zip(steps, chain, strict=True):
         stream = stream.map_batches(
             UnitWorker,
             fn_constructor_kwargs=arguments,
-            batch_size=1,  # Ray wants a number where there are GPUs; a row is the number of a unit
+            batch_size=1,  # one unit; without a number Ray Data refuses pools with GPUs
             batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=min(step.workers, len(blocks))),
+            compute=ray.data.ActorPoolStrategy(size=min(step.workers, blocks)),
             num_cpus=cpus,
             num_gpus=step.gpus,
             memory=cluster.memory_per_worker_gib * 2**30 or None,

@@ -50,10 +50,10 @@ class Step:
 
 
 class UnitWorker:
-    """Runs a step on units by number: table with columns unit (int64) and failure (string) in, the same out.
+    """Runs a step on units by number: table of one row with columns unit (int64) and failure (string) in, the same out.
 
-    A failure is the parts of an `InputError` as JSON, null where there is none. It travels as data, so that an error is the same in this
-    process and on Ray, and is passed on by the steps after it.
+    A failure is the parts of an `InputError` as JSON, empty where there is none. It travels as data, so that an error is the same in
+    this process and on Ray, and is passed on by the steps after it.
 
     Args:
         step: what to run.
@@ -67,29 +67,25 @@ class UnitWorker:
         torch.set_num_threads(threads)
         self.step, self.source, self.before = step, source, before
         self.log = RoleLog(logs, step.name)
-        self.broken: str | None = None
+        self.failure = ""
         try:
             self.worker = step.worker(step.config)
         except Exception as error:
-            self.broken = self._said(error, step.name, "cannot be started")
+            self.failure = self._said(error, step.name, "cannot be started")
 
-    def __call__(self, block: pa.Table) -> pa.Table:
-        numbers, failures = [], []
-        for number, failure in zip(block["unit"].to_pylist(), block["failure"].to_pylist(), strict=True):
-            numbers.append(number)
-            failures.append(failure or self.broken or self._failure_of(number))
-            if failures[-1]:
-                break  # the run stops, so what comes after it can wait
-        return pa.table({"unit": pa.array(numbers, pa.int64()), "failure": pa.array(failures, pa.string())})
+    def __call__(self, unit: pa.Table) -> pa.Table:
+        """After a failure nothing more is made: the run stops."""
+        self.failure = unit["failure"][0].as_py() or self.failure or self._failure_of(unit["unit"][0].as_py())
+        return pa.table({"unit": unit["unit"], "failure": [self.failure]})
 
-    def _failure_of(self, number: int) -> str | None:
+    def _failure_of(self, number: int) -> str:
         """Makes the unit's file unless it is there; returns what went wrong."""
         name = self.source.name(number)
         if readable(self.step.file(name)):
-            return None
+            return ""
         try:
             self._make(name, self._input(number, name))
-            return None
+            return ""
         except Exception as error:
             return self._said(error, f"{self.step.name}, {name}", "it cannot be made")
 
