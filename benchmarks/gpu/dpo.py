@@ -60,10 +60,10 @@ class Part:
     """Of the GPU's memory, what a run may take."""
 
 
-LORA = (trl(4), ours(16384), trl(8), ours(8192), trl(8, **CHECKPOINTING), trl(16, **CHECKPOINTING), ours(32768, **CHECKPOINTING), trl(2))
+LORA = (trl(4), ours(16384), trl(8, **CHECKPOINTING), ours(32768, **CHECKPOINTING), trl(16, **CHECKPOINTING), ours(8192), trl(2))
 PARTS = {
-    "lora8b": Part("8b", 16, 7, LORA),
-    "lora1b": Part("1b", 32, 13, (*LORA, ours(32768), trl(16), trl(32, **CHECKPOINTING))),
+    "lora8b": Part("8b", 16, 7, (*LORA, trl(4, **CHECKPOINTING))),
+    "lora1b": Part("1b", 32, 13, (*LORA, trl(8), ours(32768), trl(16), trl(32, **CHECKPOINTING))),
     "qlora": Part("8b", 1, 9, (ours(2048, **QLORA, **CHECKPOINTING), ours(2048, **QLORA))),
     "zero3": Part("3b", 4, 3, (ours(4096, "full", **ZERO_3), ours(4096, "full", **ZERO_3, offload=True)), gib=40),
 }
@@ -156,7 +156,7 @@ def _zero3(runs: list[Result]) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--part", nargs="+", choices=PARTS, help="[default: all; with --micro all but lora1b, which is lora8b then]")
     parser.add_argument("--minutes", type=float, default=60.0, help="what no longer fits is skipped")
     parser.add_argument("--limit-seconds", type=float, default=240.0, help="of one run")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of gpu_dpo.json")
@@ -170,7 +170,7 @@ def main() -> int:
         return 0
     name = "gpu_dpo_micro" if given.micro else "gpu_dpo"
     runs = Runs("benchmarks.gpu.dpo", name, given.out, figures, given.minutes, given.limit_seconds)
-    for part in given.part:
+    for part in given.part or [part for part in PARTS if not (given.micro and part == "lora1b")]:
         run_part(runs, part, micro(PARTS[part]) if given.micro else PARTS[part])
     print(json.dumps(runs.found(), indent=1))
     return 0

@@ -113,10 +113,10 @@ def _status(exit_: int | None, said: list[str]) -> str:
 
 
 def _error(said: list[str]) -> str:
-    """The last line that names one, else the last; without this machine's folders."""
+    """The last line that names one, else the last; without where this machine has the project and Python."""
     lines = [line.strip() for line in said if line.strip()]
     named = [line for line in lines if "Error" in line.split(":")[0]] or lines or [""]
-    return named[-1].replace(f"{ROOT}/", "")[:300]
+    return named[-1].replace(f"{ROOT}/", "").replace(sys.executable, "python")[:300]
 
 
 def best(results: list[Result], key: str, **of: Any) -> Result | None:
