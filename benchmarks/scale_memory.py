@@ -67,7 +67,8 @@ def write_tables(given: argparse.Namespace) -> None:
     with pq.ParquetWriter(folder / "interactions.parquet", schema) as writer:
         for part in interactions(given.users, names, schema):
             writer.write_table(part)
-    make_model(given.folder / "model", [*FRAME, *(f"{name}," for name in names), *GENRES], vocabulary=300, hidden=32, layers=1)
+    shape = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 86, "num_hidden_layers": 1}
+    make_model(given.folder / "model", [*FRAME, *(f"{name}," for name in names), *GENRES], **shape)
 
 
 def interactions(users: int, names: list[str], schema: pa.Schema, at_once: int = 50_000) -> Iterator[pa.Table]:
