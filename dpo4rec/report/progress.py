@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dpo4rec.report.work_done import WorkDone
 
-COUNTED_EVERY_SECONDS = 1.0
+COUNTED_EVERY_SECONDS = 2.0
 
 
 class ProgressDisplay:
