@@ -188,6 +188,24 @@ def atomic(
 
 @app.command()
 @guarded
+def export(
+    run_dir: RunDir,
+    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="new, or of an earlier export of the run")],
+    users: Annotated[Path | None, typer.Option(help="Parquet or CSV of interactions: of new users, or of users who have done more")] = None,
+    cluster: Cluster = None,
+    set_: Settings = None,
+) -> None:
+    """Write what production needs of a finished run: adapter, merged model, re-ranker, and every user's text and vector."""
+    from dpo4rec.export import Export
+
+    with _open(_resolved(run_dir, None, None, None, cluster, set_), run_dir) as job:
+        manifest = Export(job, out).write(users)
+    written = {name: {key: value for key, value in part.items() if key != "origin"} for name, part in manifest["parts"].items()}
+    typer.echo(yaml.safe_dump(written, sort_keys=False))
+
+
+@app.command()
+@guarded
 def compare(
     first: Annotated[Path, typer.Argument(metavar="R1", help="a run folder")],
     second: Annotated[Path, typer.Argument(metavar="R2", help="the run folder to compare it with")],

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
-from dpo4rec.alignment.config import AlignmentConfig
+from dpo4rec.alignment.config import AlignmentConfig, Tracking
 from dpo4rec.cluster.config import ClusterConfig
 from dpo4rec.data.config import DataConfig
 from dpo4rec.data.retrieved import RetrievedConfig
@@ -22,8 +22,8 @@ from dpo4rec.run_folder import read_yaml
 from dpo4rec.settings import Settings
 
 PRESETS = Path(__file__).parent / "presets"
-FREE = ("cluster.kind", "cluster.workers", "cluster.gpus_per_worker", "cluster.memory_per_worker_gib")
-"""Keys that say where work runs and change no result: a run may be continued with other values."""
+FREE = ("cluster.kind", "cluster.workers", "cluster.gpus_per_worker", "cluster.memory_per_worker_gib", "tracking")
+"""Keys that say where work runs or who watches, and change no result: a run may be continued with other values."""
 
 
 class SamplingConfig(Settings):
@@ -62,6 +62,8 @@ class Config(Settings):
 
     seed: int = 0
     rounds: PositiveInt = 2
+    tracking: Tracking = "none"
+    """A tracker that is told every line of the training logs, beside them; it never stops a run."""
     data: DataConfig
     llm: LanguageModelConfig = LanguageModelConfig()
     prompt: PromptConfig = PromptConfig()

@@ -5,11 +5,12 @@ set -euo pipefail
 
 usage() {
   cat <<'EOF'
-usage: launchers/align.sh ROUND_FOLDER [--num-processes N] [--zero 0|1|2|3] [--out FOLDER]
+usage: launchers/align.sh ROUND_FOLDER [--num-processes N] [--zero 0|1|2|3] [--out FOLDER] [--tracking NAME]
   ROUND_FOLDER       has alignment.json, for instance runs/demo/round-0
   --num-processes N  processes on this machine, one a GPU (default 1)
   --zero STAGE       ZeRO stage instead of the configured one
   --out FOLDER       where to write instead of ROUND_FOLDER/adapter; it must not exist
+  --tracking NAME    tensorboard, mlflow or wandb beside the log (default none)
 EOF
 }
 
@@ -22,6 +23,7 @@ while (($#)); do
     --num-processes) [[ "${2:-}" =~ ^[1-9][0-9]*$ ]] || fail "--num-processes needs a number"; processes="$2"; shift 2 ;;
     --zero) [[ "${2:-}" =~ ^[0-3]$ ]] || fail "--zero needs 0, 1, 2 or 3"; arguments+=(--zero "$2"); shift 2 ;;
     --out) [[ -n "${2:-}" ]] || fail "--out needs a folder"; arguments+=(--out "$2"); shift 2 ;;
+    --tracking) [[ -n "${2:-}" ]] || fail "--tracking needs a name"; arguments+=(--tracking "$2"); shift 2 ;;
     -*) fail "unknown option $1" ;;
     *) [[ -z "$round" ]] || fail "more than one round folder"; round="$1"; shift ;;
   esac

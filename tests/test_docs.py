@@ -23,6 +23,7 @@ ELSEWHERE = {
     "python benchmarks": "by hand: their results are committed",
     "dpo4rec prepare ml-1m --download": "test_data_download.py, from a local server",
     "dpo4rec prepare |": "test_run.py",
+    "dpo4rec export": "test_export.py",
 }
 COMMAND = re.compile(r"(?:dpo4rec|make|launchers/|python) ?[a-z0-9./_-]*[^`\n#]*")
 
