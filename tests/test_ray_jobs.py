@@ -3,10 +3,12 @@
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,9 +33,10 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[s
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     environment.pop("RAY_ADDRESS", None)
-    port, dashboard, agent, grpc = (free_port() for _ in range(4))  # another Ray may run beside it
+    port, dashboard, agent, grpc = (free_port() for _ in range(4))  # another Ray may run beside it, whose address lies in /tmp/ray
+    own = Path(tempfile.mkdtemp(prefix="ray-"))  # a short path: that of a socket may have 107 characters
     log = (tmp_path_factory.mktemp("head") / "log").open("w")
-    options = ["--port", str(port), "--dashboard-port", str(dashboard), "--num-cpus", "4"]
+    options = ["--port", str(port), "--dashboard-port", str(dashboard), "--num-cpus", "4", "--temp-dir", str(own)]
     options += ["--dashboard-agent-listen-port", str(agent), "--dashboard-agent-grpc-port", str(grpc)]
     process = subprocess.Popen([ROOT / "launchers" / "ray_head.sh", *options], env=environment, stdout=log, stderr=log)
     for _ in range(60):
@@ -45,6 +48,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[s
     yield f"http://127.0.0.1:{dashboard}", environment
     process.terminate()
     process.wait(timeout=60)
+    shutil.rmtree(own)
 
 
 def start(head: tuple[str, dict[str, str]], log: Path, *options: str, runtime_env: Path | None = None) -> subprocess.Popen[str]:
