@@ -4,6 +4,8 @@ import contextlib
 import json
 import logging
 import os
+import platform
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from functools import wraps
@@ -41,6 +43,10 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except InputError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from None
+        except ModuleNotFoundError as error:  # also of package metadata
+            remedy = "Install what pyproject.toml lists on every machine of the cluster, or give the job a runtime environment that has it"
+            typer.echo(f"error: {error.name}: the package is missing in {sys.executable} on {platform.node()}. {remedy}", err=True)
+            raise typer.Exit(2) from None
         except Exception:  # the last line of defence of a command
             traceback.print_exc()
             raise typer.Exit(1) from None
@@ -65,6 +71,11 @@ def run(
     if dry_run:
         _print_plan(resolved)
         return
+    if resolved.cluster.kind == "ray":
+        from dpo4rec.cluster.doctor import check
+        from dpo4rec.preflight import asked
+
+        check(asked(resolved, folder))
     from dpo4rec.experiment import Experiment
     from dpo4rec.report.table import print_results
 
@@ -73,6 +84,28 @@ def run(
         results = Experiment(job).evaluate()
     print_results(results)
     typer.echo(f"Run folder: {folder}")
+
+
+@app.command()
+@guarded
+def doctor(
+    run_dir: Annotated[Path | None, typer.Argument(metavar="[RUN_DIR]", help="the run folder [default: runs/PRESET]")] = None,
+    preset: Preset = None,
+    config: File = None,
+    data: Data = None,
+    cluster: Cluster = None,
+    set_: Settings = None,
+) -> None:
+    """Compare what the settings ask for with what the machines have: resources, disk, versions and folders on every node."""
+    from dpo4rec.cluster.doctor import diagnose
+    from dpo4rec.preflight import asked
+    from dpo4rec.report.doctor import print_diagnosis
+
+    folder = run_dir or Path("runs") / (preset or "run")
+    rows = diagnose(asked(_resolved(folder, preset, config, data, cluster, set_), folder))
+    print_diagnosis(rows)
+    if missing := [row.what for row in rows if row.missing]:
+        raise InputError("doctor", f"not all is well: {', '.join(missing)}", "The table says what is missing")
 
 
 @app.command()

@@ -22,7 +22,14 @@ from dpo4rec.run_folder import read_yaml
 from dpo4rec.settings import Settings
 
 PRESETS = Path(__file__).parent / "presets"
-FREE = ("cluster.kind", "cluster.workers", "cluster.gpus_per_worker", "cluster.memory_per_worker_gib", "tracking")
+FREE = (
+    "cluster.kind",
+    "cluster.workers",
+    "cluster.gpus_per_worker",
+    "cluster.memory_per_worker_gib",
+    "cluster.wait_timeout_seconds",
+    "tracking",
+)
 """Keys that say where work runs or who watches, and change no result: a run may be continued with other values."""
 
 

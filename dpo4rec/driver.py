@@ -13,7 +13,8 @@ import torch
 from dpo4rec import files
 from dpo4rec.alignment.job import OnlineSettings, read_job, write_job
 from dpo4rec.alignment.tracking import check_tracking
-from dpo4rec.cluster.pool import Units, cut, map_units, start_ray
+from dpo4rec.cluster.connect import start_ray
+from dpo4rec.cluster.pool import Units, cut, map_units
 from dpo4rec.config import FREE, Config, config_of
 from dpo4rec.data.prepare import prepare
 from dpo4rec.data.sources import source_files
@@ -232,7 +233,7 @@ class Run:
             if config.cluster.kind == "ray":
                 from dpo4rec.alignment.ray_train import align_on_ray
 
-                start_ray(config.cluster)
+                start_ray(config.cluster, config.alignment.workers)
                 align_on_ray(job, config.alignment.workers, tracking=config.tracking)
             else:
                 read_job(here).run(here / "adapter", config.tracking)

@@ -44,8 +44,11 @@ class RunFolder:
         completed: Callable[[dict[str, Any]], dict[str, Any]] = lambda own: own,
     ) -> None:
         self.path = path
-        path.mkdir(parents=True, exist_ok=True)
-        self._lock = (path / ".lock").open("w")  # held until the process ends
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = (path / ".lock").open("w")  # held until the process ends
+        except OSError as error:
+            raise InputError(str(path), f"the run folder cannot be made or written ({error.strerror})", "Give another --run-dir") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
