@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, PositiveInt, ValidationError, model_validator
@@ -15,6 +15,7 @@ from dpo4rec.data.sequences import SequenceConfig
 from dpo4rec.errors import InputError
 from dpo4rec.fits import FitOptions, Protocol
 from dpo4rec.knowledge.config import Decoding, EncoderConfig, LanguageModelConfig, PromptConfig
+from dpo4rec.knowledge.vllm_limits import refuse
 from dpo4rec.preference.config import PairConfig, RewardConfig
 from dpo4rec.recommenders.config import RecommenderConfig
 from dpo4rec.recommenders.sequential import SEQUENTIAL, SequentialConfig
@@ -38,6 +39,8 @@ class SamplingConfig(Settings):
 
     samples: int = Field(default=8, ge=2)
     """Texts a user and round."""
+    engine: Literal["builtin", "vllm"] = "builtin"
+    """What draws the texts: a transformers model in the worker's process, or vLLM (an extra; GPU)."""
     users_per_unit: PositiveInt = 128
     """Users whose texts are drawn in one call of the engine: the unit of work, the same for any number of workers."""
     rows_at_once: PositiveInt = 512
@@ -108,6 +111,13 @@ class Config(Settings):
             unread = {"pairs_per_user", "keep_share", "orientation"} & self.pairs.model_dump(exclude_defaults=True).keys()
             if unread:
                 raise ValueError(f"pairs.{min(unread)} would be ignored: alignment.method={self.alignment.method} trains on no pairs")
+        if self.sampling.engine == "vllm":
+            if self.sampling.rows_at_once != SamplingConfig.model_fields["rows_at_once"].default:
+                raise ValueError("sampling.rows_at_once is for sampling.engine=builtin: vLLM finds its own, leave it out")
+            temperatures = [self.sampling.decoding.temperature, *self.evaluation.temperatures]
+            rank = self.alignment.lora_rank if self.alignment.weights == "lora" else None
+            if (why_not := refuse(self.llm, temperatures, rank)) is not None:
+                raise ValueError(why_not)
         if self.llm.quantization != self.alignment.quantization:
             raise ValueError("llm.quantization and alignment.quantization must be the same: texts come from the model that is trained")
         return self

@@ -299,6 +299,7 @@ class Run:
             adapter=str(policy.adapter) if policy.adapter else None,
             decoding=decoding,
             samples=samples,
+            engine=self.config.sampling.engine,
             rows_at_once=self.config.sampling.rows_at_once,
             seed=self.config.seed,
             purpose=purpose,

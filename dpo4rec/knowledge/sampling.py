@@ -1,6 +1,7 @@
 """The sampler: a worker that turns users' prompts into several texts each."""
 
 from pathlib import Path
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -30,7 +31,9 @@ class SamplerConfig(Settings):
     adapter: str | None
     decoding: Decoding
     samples: int
+    engine: Literal["builtin", "vllm"]
     rows_at_once: int
+    """Of the built-in engine; vLLM finds its own."""
     seed: int
     purpose: str
     """Part of every row's seed: the round, or what the texts are for, so that no two stages share random numbers."""
@@ -45,8 +48,15 @@ class Sampler:
     def __init__(self, config: SamplerConfig) -> None:
         self.config = config
         self.tokenizer = load_tokenizer(config.language_model, config.source)
-        model = load_model(config.language_model, config.source, Path(config.adapter) if config.adapter else None)
-        self.engine = BuiltinEngine(model, end_ids(model, self.tokenizer), self.tokenizer.pad_token_id, config.rows_at_once)
+        self.engine = self._engine(config, Path(config.adapter) if config.adapter else None)
+
+    def _engine(self, config: SamplerConfig, adapter: Path | None) -> Any:
+        if config.engine == "vllm":
+            from dpo4rec.knowledge.vllm_engine import VllmEngine  # an extra
+
+            return VllmEngine(config.language_model, config.source, adapter)
+        model = load_model(config.language_model, config.source, adapter)
+        return BuiltinEngine(model, end_ids(model, self.tokenizer), self.tokenizer.pad_token_id, config.rows_at_once)
 
     def __call__(self, unit: pa.Table) -> pa.Table:
         users, config = unit["user_id"].to_pylist(), self.config
