@@ -30,10 +30,10 @@ from benchmarks.dpo import make_model, make_pairs, run_ours, run_trl
 from benchmarks.gpu.runs import SHAPES, Result, Run, Runs, best
 from dpo4rec.files import write_json
 
-BF16 = {"ours": {"precision": "bf16"}, "trl": {"bf16": True, "model_init_kwargs": {"dtype": "bfloat16"}}}
-CHECKPOINTING = {"gradient_checkpointing": True}
-QLORA = {"quantization": "nf4"}
-ZERO_3 = {"zero_stage": 3, **CHECKPOINTING}
+BF16: dict[str, dict[str, Any]] = {"ours": {"precision": "bf16"}, "trl": {"bf16": True, "model_init_kwargs": {"dtype": "bfloat16"}}}
+CHECKPOINTING: dict[str, Any] = {"gradient_checkpointing": True}
+QLORA: dict[str, Any] = {"quantization": "nf4"}
+ZERO_3: dict[str, Any] = {"zero_stage": 3, **CHECKPOINTING}
 
 
 def ours(tokens: int, weights: str = "lora", **settings: Any) -> Run:
@@ -102,7 +102,7 @@ def run_part(runs: Runs, name: str, part: Part) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         made, shape = Path(temporary), SHAPES[part.shape]
         make_model(made / "model", dtype=torch.bfloat16, device=device, **shape)
-        make_pairs(made / "pairs.parquet", part.prompt, part.answer, 2, part.per_step * part.steps, int(shape["vocab_size"]))
+        make_pairs(made / "pairs.parquet", part.prompt, part.answer, 2, part.per_step * part.steps, shape["vocab_size"])
         if device == "cuda":
             torch.cuda.empty_cache()
         for number, run in enumerate(part.runs):

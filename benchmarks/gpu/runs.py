@@ -20,7 +20,7 @@ from benchmarks.record import RESULTS, ROOT, provenance
 from dpo4rec.files import read_json, write_json
 
 LLAMA = {"vocab_size": 128_256, "num_key_value_heads": 8}
-SHAPES: dict[str, dict[str, int | bool]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "1b": {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "intermediate_size": 8192, "tie_word_embeddings": True},
     "3b": {"hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24, "intermediate_size": 8192, "tie_word_embeddings": True},
     "8b": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 14336},

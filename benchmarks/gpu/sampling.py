@@ -61,7 +61,7 @@ def one(run: Run) -> Result:
         return limits(shape, run["size"], device)
     with torch.device(device):
         model = make_model(shape, torch.bfloat16)  # type: ignore[arg-type]
-    prompts = make_prompts(run["prompts"], int(shape["vocab_size"]))
+    prompts = make_prompts(run["prompts"], shape["vocab_size"])
     side = {"engine": by_engine, "generate": by_generate, "continuous": by_continuous}[run["side"]](model, prompts, run["size"])
     rates = [rate(side) for _ in range(run["repeats"])]
     found: Result = {"tokens_per_second": max(rates), "rates": rates}
@@ -122,7 +122,7 @@ def figures(parts: dict[str, list[Result]]) -> dict[str, float]:
 
 def _most(engine: Result, limit: Result) -> dict[str, float]:
     """Tokens a second that bandwidth or arithmetic alone would allow the engine's rows."""
-    rows, prompts = engine["size"], make_prompts(engine["prompts"], int(SHAPES[engine["shape"]]["vocab_size"]))
+    rows, prompts = engine["size"], make_prompts(engine["prompts"], SHAPES[engine["shape"]]["vocab_size"])
     prompt = sum(map(len, prompts)) / len(prompts)
     read = BYTES * limit["weights"] + limit["cache_bytes_per_token"] * rows * (prompt / SAMPLES + NEW / 2)
     flops = 2 * limit["weights"] * (1 + prompt / (SAMPLES * NEW))
