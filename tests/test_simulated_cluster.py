@@ -19,14 +19,15 @@ def test_unit_times_keep_the_shape_of_the_measured_ones_and_have_the_mean_asked_
     assert drawn(20_000, 2.0, 0.3, []).std() == pytest.approx(0.6, rel=0.05)
 
 
-def test_each_worker_has_a_gpu_of_its_own_and_every_unit_runs_once(tmp_path: Path) -> None:
+def test_no_more_units_run_at_a_time_than_there_are_gpus_and_each_runs_once(tmp_path: Path) -> None:
     seconds = np.full(24, 0.2)
     found = simulate(nodes=1, gpus_per_node=4, seconds=seconds, out=tmp_path / "units")
     slept = read_parquet(tmp_path / "units")
     assert len(slept) == found["units"] == 24
-    assert found["workers"] == 4
-    assert len(Counter(slept["worker"].to_pylist())) == 4
-    assert 0 < found["busy_share_with_start_up"] < found["busy_share_4"] <= 1
+    assert 1 <= found["workers"] <= 4  # a slow machine may be done before the last has started
+    assert len(Counter(slept["worker"].to_pylist())) == found["workers"]
+    for at in slept["begun"].to_pylist():
+        assert sum(begun <= at < ended for begun, ended in zip(slept["begun"].to_pylist(), slept["ended"].to_pylist(), strict=True)) <= 4
     assert found["mean_unit_seconds"] == pytest.approx(0.2, abs=0.1)
 
 
