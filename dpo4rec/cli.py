@@ -271,17 +271,18 @@ def plan(
     json_: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
 ) -> None:
     """Memory of each GPU and time of an alignment run, before anything runs; and what to change where it does not fit."""
-    from dpo4rec.alignment.memory import Pairs
-    from dpo4rec.alignment.plan import measured_speed, model_of, plan
-    from dpo4rec.config import resolve
-    from dpo4rec.report.plan import print_plan
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to the standard output, where the JSON goes
+        from dpo4rec.alignment.memory import Pairs
+        from dpo4rec.alignment.plan import measured_speed, model_of, plan
+        from dpo4rec.config import resolve
+        from dpo4rec.report.plan import print_plan
 
-    source = [] if preset or config else ["data.source=simulation"]  # which data does not matter here
-    resolved = resolve(preset, config, source + (set_ or []))
-    answer = answer_tokens or resolved.sampling.decoding.max_new_tokens
-    size = Pairs(pairs, prompt_tokens or resolved.alignment.max_tokens - answer, answer)
-    speed = measured_speed(tokens_per_second, measured)
-    found = plan(model_of(model, shape, resolved.llm), resolved.alignment, size, gpu_memory_gib, speed)
+        source = [] if preset or config else ["data.source=simulation"]  # which data does not matter here
+        resolved = resolve(preset, config, source + (set_ or []))
+        answer = answer_tokens or resolved.sampling.decoding.max_new_tokens
+        size = Pairs(pairs, prompt_tokens or resolved.alignment.max_tokens - answer, answer)
+        speed = measured_speed(tokens_per_second, measured)
+        found = plan(model_of(model, shape, resolved.llm), resolved.alignment, size, gpu_memory_gib, speed)
     if json_:
         typer.echo(json.dumps(found, indent=1))
     else:
