@@ -1,6 +1,10 @@
 """Fixtures that every test may use: real data sets where they are present, and a small simulated data folder."""
 
 import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub, and without a network each look at it takes half a minute
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's workers would give way to all else: beside another test process they starve
+
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,15 +19,13 @@ from dpo4rec.experiment import Experiment
 
 REAL_DATA = Path(os.environ.get("DPO4REC_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
-os.environ.setdefault("RAY_worker_niceness", "0")
-"""Ray's workers give way to everything else by default: beside another test process they would starve."""
-
-LONGEST = ("test_ray_jobs.py", "test_alignment_processes.py", "test_pool.py")
-"""Files that take longest, because their tests start many processes. They come first, so that no test process is left alone with one."""
+ORDER = ("ray_jobs", "run", "alignment_controls", "recommenders", "export", "alignment_processes", "pool")
+"""Test files that take longest, in an order by which the two that start most processes seldom meet and none is left for the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    place = {f"test_{name}.py": number for number, name in enumerate(ORDER)}
+    items.sort(key=lambda item: place.get(item.path.name, len(ORDER)))
 
 
 @pytest.fixture(scope="session")

@@ -63,7 +63,7 @@ def test_running_again_skips_everything(micro_run: Path, micro: Path) -> None:
 
 
 def test_a_run_that_is_killed_again_and_again_ends_like_an_undisturbed_one(micro_run: Path, micro: Path, tmp_path: Path) -> None:
-    assert kill_and_continue(tmp_path / "killed", options(micro), draw_moments(micro_run, 4, random.Random(0)))
+    assert kill_and_continue(tmp_path / "killed", options(micro), draw_moments(micro_run, 3, random.Random(0)))
     assert fingerprint(tmp_path / "killed") == fingerprint(micro_run)
 
 
@@ -93,9 +93,10 @@ def test_one_driver_at_a_time(micro: Path, tmp_path: Path) -> None:
     first.folder.release()
 
 
-def test_stages_want_what_comes_before_them(micro: Path, tmp_path: Path) -> None:
+def test_stages_want_what_comes_before_them(micro_run: Path, micro: Path, tmp_path: Path) -> None:
+    for part in ("data", "prompts", "language_model"):
+        shutil.copytree(micro_run / part, tmp_path / part)
     run = Run(resolve("quickstart", micro, []), tmp_path)
-    run.prepare()
     with pytest.raises(InputError, match=r"samples.*there is no such file"):
         run.pair(0)
     run.folder.release()
