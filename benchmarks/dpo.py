@@ -17,41 +17,51 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, TrainerCallback
 
 from benchmarks.record import record
 from dpo4rec.alignment.align import align
 from dpo4rec.alignment.config import AlignmentConfig
 from dpo4rec.files import read_json, read_parquet, write_parquet
 
-VOCABULARY, PER_STEP = 8_000, 16
+PER_STEP = 16
+Shape = dict[str, int | bool]
+SHAPE: Shape = {"vocab_size": 8_000, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 4}
 Result = dict[str, Any]
 
 
-def make_model(folder: Path) -> None:
-    """Random weights, and a tokenizer of one token a word."""
-    words = ["<unk>", "<pad>", "</s>", *(f"w{i}" for i in range(VOCABULARY - 3))]
+def make_model(
+    folder: Path, known: Sequence[str] = (), dtype: torch.dtype = torch.float32, device: str = "cpu", **shape: int | bool
+) -> None:
+    """Random weights, and a tokenizer of one token a word: the `known` ones, and made-up ones beside them.
+
+    Args:
+        device: where the weights are made.
+        shape: what is not as in SHAPE, by LlamaConfig's names.
+    """
+    config: Any = LlamaConfig(**SHAPE | shape, pad_token_id=1, eos_token_id=2, bos_token_id=None, max_position_embeddings=2048)
+    words = ["<unk>", "<pad>", "</s>", *known, *(f"w{i}" for i in range(config.vocab_size - 3 - len(known)))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="</s>").save_pretrained(folder)
     torch.manual_seed(0)
-    shape = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 4}
-    special = {"pad_token_id": 1, "eos_token_id": 2, "bos_token_id": None}
-    LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **shape, **special, max_position_embeddings=2048)).save_pretrained(folder)
+    with torch.device(device):
+        AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
 
 
-def make_pairs(path: Path, prompt: int, answer: int, answers: int, pairs: int) -> None:
+def make_pairs(path: Path, prompt: int, answer: int, answers: int, pairs: int, vocabulary: int = 8_000) -> None:
     """`answers` per prompt make half as many pairs; no answer is in two pairs."""
     draw = random.Random(0)
 
     def text(length: int) -> str:
-        return " ".join(f"w{draw.randrange(VOCABULARY - 3)}" for _ in range(draw.randint(round(0.6 * length), round(1.4 * length))))
+        return " ".join(f"w{draw.randrange(vocabulary - 3)}" for _ in range(draw.randint(round(0.6 * length), round(1.4 * length))))
 
     rows = []
     for _ in range(pairs * 2 // answers):
@@ -60,12 +70,13 @@ def make_pairs(path: Path, prompt: int, answer: int, answers: int, pairs: int) -
     write_parquet(pa.Table.from_pylist(rows), path)
 
 
-def run_ours(folder: Path, weights: str, tokens: int) -> Result:
+def run_ours(folder: Path, weights: str, tokens: int, **more: Any) -> Result:
+    """With what `summary.json` says of the speed; `more` are settings of AlignmentConfig."""
     settings = {"weights": weights, "pairs_per_step": PER_STEP, "tokens_per_batch": tokens}
-    config = AlignmentConfig.model_validate({**settings, "max_tokens": 2048, "checkpoint_every_steps": 10**6})
+    config = AlignmentConfig.model_validate({**settings, "max_tokens": 2048, "checkpoint_every_steps": 10**6, **more})
     align(config, str(folder / "model"), folder / "pairs.parquet", None, 0, folder / "ours")
-    speed = read_json(folder / "ours" / "summary.json")["speed"]
-    return {"pairs_per_second": speed["comparisons_per_second"], "peak_memory_gib": speed["peak_memory_gib"]}
+    summary = read_json(folder / "ours" / "summary.json")
+    return {"pairs_per_second": summary["speed"].pop("comparisons_per_second"), "packed": summary["packed"], **summary["speed"]}
 
 
 class Clock(TrainerCallback):
@@ -73,32 +84,37 @@ class Clock(TrainerCallback):
         self.ends: list[float] = []
 
     def on_step_end(self, *arguments: Any, **options: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
 
 
-def run_trl(folder: Path, weights: str, batch: int) -> Result:
+def run_trl(folder: Path, weights: str, batch: int, per_step: int = PER_STEP, **more: Any) -> Result:
+    """`more` are arguments of DPOConfig."""
     from datasets import Dataset
     from peft import LoraConfig
     from trl import DPOConfig, DPOTrainer
 
     clock = Clock()
-    arguments = DPOConfig(
-        output_dir=str(folder / "trl"), beta=0.1, per_device_train_batch_size=batch, gradient_accumulation_steps=PER_STEP // batch,
-        num_train_epochs=1, learning_rate=2e-4, max_length=None, precompute_ref_log_probs=True, gradient_checkpointing=False, bf16=False,
-        use_cpu=True, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, weight_decay=0.0, optim="adamw_torch",
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "output_dir": str(folder / "trl"), "beta": 0.1, "per_device_train_batch_size": batch, "num_train_epochs": 1, "learning_rate": 2e-4,
+        "gradient_accumulation_steps": per_step // batch, "max_length": None, "precompute_ref_log_probs": True, "optim": "adamw_torch",
+        "gradient_checkpointing": False, "bf16": False, "use_cpu": not torch.cuda.is_available(), "weight_decay": 0.0, "logging_steps": 1,
+        "save_strategy": "no", "report_to": [], "disable_tqdm": True,
+    }  # fmt: skip
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM") if weights == "lora" else None
     trainer = DPOTrainer(
         model=str(folder / "model"),
-        args=arguments,
+        args=DPOConfig(**options | more),
         train_dataset=Dataset.from_list(read_parquet(folder / "pairs.parquet").to_pylist()),
         processing_class=PreTrainedTokenizerFast.from_pretrained(folder / "model"),
         peft_config=lora,
         callbacks=[clock],
     )
     trainer.train()
-    rate = PER_STEP * (len(clock.ends) - 1) / (clock.ends[-1] - clock.ends[0])
-    return {"pairs_per_second": rate, "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    rate = per_step * (len(clock.ends) - 1) / (clock.ends[-1] - clock.ends[0])
+    result = {"pairs_per_second": rate, "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    return result | ({"peak_gpu_memory_gib": torch.cuda.max_memory_allocated() / 2**30} if torch.cuda.is_available() else {})
 
 
 def one(side: str, weights: str, size: int, prompt: int, answers: int, steps: int, threads: int) -> Result:

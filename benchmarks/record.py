@@ -10,29 +10,45 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dpo4rec.files import write_json
 
-RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "peft", "trl", "ray", "deepspeed", "numpy", "pyarrow")
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("torch", "transformers", "peft", "trl", "ray", "deepspeed", "bitsandbytes", "numpy", "pyarrow")
 
 
 def record(name: str, figures: dict[str, float], raw: Any) -> Path:
-    """Writes `benchmarks/results/<name>.json`; paths of the command are cut to their last part."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
-    words = ["python", *(f"benchmarks/{Path(word).name}" if i == 0 else _bare(word) for i, word in enumerate(sys.argv))]
-    write_json(
-        {
-            "command": shlex.join(words),
-            "commit": commit,
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "machine": {"cores": os.cpu_count(), "processor": platform.machine(), "system": platform.system()},
-            "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}},
-            "figures": figures,
-            "raw": raw,
-        },
-        RESULTS / f"{name}.json",
-    )
+    """Writes `benchmarks/results/<name>.json`."""
+    write_json({**provenance(), "figures": figures, "raw": raw}, RESULTS / f"{name}.json")
     return RESULTS / f"{name}.json"
+
+
+def provenance() -> dict[str, Any]:
+    """Command, its paths cut to their last part; commit (the variable COMMIT, where a copy has no history); date, machine, versions."""
+    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    words = ["python", *(_script(word) if i == 0 else _bare(word) for i, word in enumerate(sys.argv))]
+    machine = {"cores": os.cpu_count(), "processor": platform.machine(), "system": platform.system()}
+    return {
+        "command": shlex.join(words),
+        "commit": found.stdout.strip() or os.environ.get("COMMIT", ""),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
+        "versions": {"python": platform.python_version(), **{name: version for name in PACKAGES if (version := _version(name))}},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _script(word: str) -> str:
+    path = Path(word).resolve()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else f"benchmarks/{path.name}"
 
 
 def _bare(word: str) -> str:

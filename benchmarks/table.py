@@ -8,15 +8,23 @@ from dpo4rec.files import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
+NOT_RUN = """Not run on a GPU yet: `benchmarks/gpu/{script}`, which is to write `{name}.json`. Nothing is claimed of speed or memory there.
+Only its tiny shape was run, on CPU (`--micro`). A machine with a GPU takes one part a command: `benchmarks/gpu/run.sh {part}`.
+"""
+ON_GPU = {"gpu_dpo": ("dpo.py", "lora8b"), "gpu_sampling": ("sampling.py", "sampling8b")}
 SHOWN = ("ndcg@1", "ndcg@5", "ndcg@10", "map@5")
 
 
 def benchmarks_page() -> str:
     """One table of figures for each result file."""
     parts = ["# Benchmarks\n\nMade by `python benchmarks/table.py` from `benchmarks/results/*.json`.\n"]
+    missing = [name for name in ON_GPU if not (RESULTS / f"{name}.json").exists()]
+    parts += [NOT_RUN.format(name=name, script=ON_GPU[name][0], part=ON_GPU[name][1]) for name in missing]
     for path in sorted(RESULTS.glob("*.json")):
         result = read_json(path)
-        machine = f"{result['machine']['cores']} cores, {result['machine']['processor']}, torch {result['versions']['torch']}"
+        about = result["machine"]
+        device = about.get("gpu", f"{about['cores']} cores")
+        machine = f"{device}, {about['processor']}, torch {result['versions']['torch']}"
         parts.append(f"## {path.stem}\n\n`{result['command']}`, {result['date'][:10]}, {machine}\n\n| figure | value |\n|---|---|")
         parts.append("\n".join(f"| {name} | {value:g} |" for name, value in result["figures"].items()) + "\n")
     return "\n".join(parts)

@@ -4,6 +4,8 @@ import contextlib
 import json
 import logging
 import os
+import platform
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from functools import wraps
@@ -41,6 +43,10 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except InputError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from None
+        except ModuleNotFoundError as error:  # also of package metadata
+            remedy = "Install what pyproject.toml lists on every machine of the cluster, or give the job a runtime environment that has it"
+            typer.echo(f"error: {error.name}: the package is missing in {sys.executable} on {platform.node()}. {remedy}", err=True)
+            raise typer.Exit(2) from None
         except Exception:  # the last line of defence of a command
             traceback.print_exc()
             raise typer.Exit(1) from None
@@ -65,6 +71,11 @@ def run(
     if dry_run:
         _print_plan(resolved)
         return
+    if resolved.cluster.kind == "ray":
+        from dpo4rec.cluster.doctor import check
+        from dpo4rec.preflight import asked
+
+        check(asked(resolved, folder))
     from dpo4rec.experiment import Experiment
     from dpo4rec.report.table import print_results
 
@@ -73,6 +84,28 @@ def run(
         results = Experiment(job).evaluate()
     print_results(results)
     typer.echo(f"Run folder: {folder}")
+
+
+@app.command()
+@guarded
+def doctor(
+    run_dir: Annotated[Path | None, typer.Argument(metavar="[RUN_DIR]", help="the run folder [default: runs/PRESET]")] = None,
+    preset: Preset = None,
+    config: File = None,
+    data: Data = None,
+    cluster: Cluster = None,
+    set_: Settings = None,
+) -> None:
+    """Compare what the settings ask for with what the machines have: resources, disk, versions and folders on every node."""
+    from dpo4rec.cluster.doctor import diagnose
+    from dpo4rec.preflight import asked
+    from dpo4rec.report.doctor import print_diagnosis
+
+    folder = run_dir or Path("runs") / (preset or "run")
+    rows = diagnose(asked(_resolved(folder, preset, config, data, cluster, set_), folder))
+    print_diagnosis(rows)
+    if missing := [row.what for row in rows if row.missing]:
+        raise InputError("doctor", f"not all is well: {', '.join(missing)}", "The table says what is missing")
 
 
 @app.command()
@@ -188,6 +221,24 @@ def atomic(
 
 @app.command()
 @guarded
+def export(
+    run_dir: RunDir,
+    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="new, or of an earlier export of the run")],
+    users: Annotated[Path | None, typer.Option(help="Parquet or CSV of interactions: of new users, or of users who have done more")] = None,
+    cluster: Cluster = None,
+    set_: Settings = None,
+) -> None:
+    """Write what production needs of a finished run: adapter, merged model, re-ranker, and every user's text and vector."""
+    from dpo4rec.export import Export
+
+    with _open(_resolved(run_dir, None, None, None, cluster, set_), run_dir) as job:
+        manifest = Export(job, out).write(users)
+    written = {name: {key: value for key, value in part.items() if key != "origin"} for name, part in manifest["parts"].items()}
+    typer.echo(yaml.safe_dump(written, sort_keys=False))
+
+
+@app.command()
+@guarded
 def compare(
     first: Annotated[Path, typer.Argument(metavar="R1", help="a run folder")],
     second: Annotated[Path, typer.Argument(metavar="R2", help="the run folder to compare it with")],
@@ -220,17 +271,18 @@ def plan(
     json_: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
 ) -> None:
     """Memory of each GPU and time of an alignment run, before anything runs; and what to change where it does not fit."""
-    from dpo4rec.alignment.memory import Pairs
-    from dpo4rec.alignment.plan import measured_speed, model_of, plan
-    from dpo4rec.config import resolve
-    from dpo4rec.report.plan import print_plan
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to the standard output, where the JSON goes
+        from dpo4rec.alignment.memory import Pairs
+        from dpo4rec.alignment.plan import measured_speed, model_of, plan
+        from dpo4rec.config import resolve
+        from dpo4rec.report.plan import print_plan
 
-    source = [] if preset or config else ["data.source=simulation"]  # which data does not matter here
-    resolved = resolve(preset, config, source + (set_ or []))
-    answer = answer_tokens or resolved.sampling.decoding.max_new_tokens
-    size = Pairs(pairs, prompt_tokens or resolved.alignment.max_tokens - answer, answer)
-    speed = measured_speed(tokens_per_second, measured)
-    found = plan(model_of(model, shape, resolved.llm), resolved.alignment, size, gpu_memory_gib, speed)
+        source = [] if preset or config else ["data.source=simulation"]  # which data does not matter here
+        resolved = resolve(preset, config, source + (set_ or []))
+        answer = answer_tokens or resolved.sampling.decoding.max_new_tokens
+        size = Pairs(pairs, prompt_tokens or resolved.alignment.max_tokens - answer, answer)
+        speed = measured_speed(tokens_per_second, measured)
+        found = plan(model_of(model, shape, resolved.llm), resolved.alignment, size, gpu_memory_gib, speed)
     if json_:
         typer.echo(json.dumps(found, indent=1))
     else:

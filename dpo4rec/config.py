@@ -2,12 +2,12 @@
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
-from dpo4rec.alignment.config import AlignmentConfig
+from dpo4rec.alignment.config import AlignmentConfig, Tracking
 from dpo4rec.cluster.config import ClusterConfig
 from dpo4rec.data.config import DataConfig
 from dpo4rec.data.retrieved import RetrievedConfig
@@ -15,6 +15,7 @@ from dpo4rec.data.sequences import SequenceConfig
 from dpo4rec.errors import InputError
 from dpo4rec.fits import FitOptions, Protocol
 from dpo4rec.knowledge.config import Decoding, EncoderConfig, LanguageModelConfig, PromptConfig
+from dpo4rec.knowledge.vllm_limits import refuse
 from dpo4rec.preference.config import PairConfig, RewardConfig
 from dpo4rec.recommenders.config import RecommenderConfig
 from dpo4rec.recommenders.sequential import SEQUENTIAL, SequentialConfig
@@ -22,8 +23,15 @@ from dpo4rec.run_folder import read_yaml
 from dpo4rec.settings import Settings
 
 PRESETS = Path(__file__).parent / "presets"
-FREE = ("cluster.kind", "cluster.workers", "cluster.gpus_per_worker", "cluster.memory_per_worker_gib")
-"""Keys that say where work runs and change no result: a run may be continued with other values."""
+FREE = (
+    "cluster.kind",
+    "cluster.workers",
+    "cluster.gpus_per_worker",
+    "cluster.memory_per_worker_gib",
+    "cluster.wait_timeout_seconds",
+    "tracking",
+)
+"""Keys that say where work runs or who watches, and change no result: a run may be continued with other values."""
 
 
 class SamplingConfig(Settings):
@@ -31,8 +39,12 @@ class SamplingConfig(Settings):
 
     samples: int = Field(default=8, ge=2)
     """Texts a user and round."""
-    users_per_unit: PositiveInt = 32
-    """Users whose texts are drawn in one batch: the unit of work, the same for any number of workers."""
+    engine: Literal["builtin", "vllm"] = "builtin"
+    """What draws the texts: a transformers model in the worker's process, or vLLM (an extra; GPU)."""
+    users_per_unit: PositiveInt = 128
+    """Users whose texts are drawn in one call of the engine: the unit of work, the same for any number of workers."""
+    rows_at_once: PositiveInt = 512
+    """About so many texts of a unit are drawn at the same time, others take the place of those that end: speed against memory."""
     decoding: Decoding = Decoding()
     skip_failed_rows: bool = False
     """Users that sampler, encoder or scorer fail on are left out and listed (`<unit>.failed.json` beside the results), or the run stops."""
@@ -60,6 +72,8 @@ class Config(Settings):
 
     seed: int = 0
     rounds: PositiveInt = 2
+    tracking: Tracking = "none"
+    """A tracker that is told every line of the training logs, beside them; it never stops a run."""
     data: DataConfig
     llm: LanguageModelConfig = LanguageModelConfig()
     prompt: PromptConfig = PromptConfig()
@@ -97,6 +111,13 @@ class Config(Settings):
             unread = {"pairs_per_user", "keep_share", "orientation"} & self.pairs.model_dump(exclude_defaults=True).keys()
             if unread:
                 raise ValueError(f"pairs.{min(unread)} would be ignored: alignment.method={self.alignment.method} trains on no pairs")
+        if self.sampling.engine == "vllm":
+            if self.sampling.rows_at_once != SamplingConfig.model_fields["rows_at_once"].default:
+                raise ValueError("sampling.rows_at_once is for sampling.engine=builtin: vLLM finds its own, leave it out")
+            temperatures = [self.sampling.decoding.temperature, *self.evaluation.temperatures]
+            rank = self.alignment.lora_rank if self.alignment.weights == "lora" else None
+            if (why_not := refuse(self.llm, temperatures, rank)) is not None:
+                raise ValueError(why_not)
         if self.llm.quantization != self.alignment.quantization:
             raise ValueError("llm.quantization and alignment.quantization must be the same: texts come from the model that is trained")
         return self
@@ -121,6 +142,15 @@ def resolve(preset: str | None, file: Path | None, settings: list[str]) -> Confi
         values = _merged(values, read_yaml(file))
     for setting in settings:
         values = _merged(values, _parsed(setting))
+    return config_of(values)
+
+
+def config_of(values: dict[str, Any]) -> Config:
+    """The configuration with these values, and defaults for the others.
+
+    Raises:
+        InputError: as `resolve`.
+    """
     try:
         return Config.model_validate(values)
     except ValidationError as error:

@@ -12,8 +12,10 @@ import torch
 
 from dpo4rec import files
 from dpo4rec.alignment.job import OnlineSettings, read_job, write_job
-from dpo4rec.cluster.pool import Units, cut, map_units, start_ray
-from dpo4rec.config import FREE, Config
+from dpo4rec.alignment.tracking import check_tracking
+from dpo4rec.cluster.connect import start_ray
+from dpo4rec.cluster.pool import Units, cut, map_units
+from dpo4rec.config import FREE, Config, config_of
 from dpo4rec.data.prepare import prepare
 from dpo4rec.data.sources import source_files
 from dpo4rec.files import content_hash, read_parquet, stable_seed
@@ -34,6 +36,7 @@ from dpo4rec.recommenders.fitter import FitJob, Fitter, FitterConfig, job_unit
 from dpo4rec.run_folder import RunFolder
 
 Report = dict[str, Any]
+Announce = Callable[[str, int, int, Path | None], None]
 TABLES = {"preference": "pairs.parquet"} | dict.fromkeys(("rejection_sampling", "reward_weighted", "grpo"), "answers.parquet")
 """The file of a round's `pairs` folder that each method trains on."""
 
@@ -56,15 +59,16 @@ class Run:
     Args:
         config: the resolved configuration.
         path: the run folder.
-        announce: called with (stage, finished units, all units) for a progress display.
+        announce: called with (stage, finished units, all units, folder of their files) for a progress display.
 
     Raises:
-        InputError: the folder is in use or belongs to another configuration.
+        InputError: the folder is in use or belongs to another configuration, or the tracker is not installed.
     """
 
-    def __init__(self, config: Config, path: Path, announce: Callable[[str, int, int], None] = lambda stage, done, of: None) -> None:
+    def __init__(self, config: Config, path: Path, announce: Announce = lambda *_: None) -> None:
+        check_tracking(config.tracking)
         self.config, self.announce = config, announce
-        self.folder = RunFolder(path.resolve(), config.model_dump(mode="json"), FREE)
+        self.folder = RunFolder(path.resolve(), config.model_dump(mode="json"), FREE, lambda own: config_of(own).model_dump(mode="json"))
         torch.set_num_threads(config.cluster.training_threads)
 
     def rounds(self) -> None:
@@ -103,7 +107,7 @@ class Run:
     def _write_item_texts(self, request: str) -> Report:
         """One text for each item by the untuned model: KAR's item-factual knowledge."""
         config, out = self.config, self.folder / "item_texts"
-        sampler = self._sampler("item_texts", self.policy(0), config.sampling.decoding, 1)
+        sampler = self.sampler("item_texts", self.policy(0), config.sampling.decoding, 1)
 
         def work() -> Report:
             tokenizer = load_tokenizer(config.llm, self.policy(0).source)
@@ -128,7 +132,7 @@ class Run:
             config.prompt,
             self.catalogue,
             self._histories("train"),
-            self._profiles,
+            self.profiles,
             config.data.like_threshold,
             config.seed,
             out,
@@ -229,10 +233,10 @@ class Run:
             if config.cluster.kind == "ray":
                 from dpo4rec.alignment.ray_train import align_on_ray
 
-                start_ray(config.cluster)
-                align_on_ray(job, config.alignment.workers)
+                start_ray(config.cluster, config.alignment.workers)
+                align_on_ray(job, config.alignment.workers, tracking=config.tracking)
             else:
-                read_job(here).run(here / "adapter")
+                read_job(here).run(here / "adapter", config.tracking)
             return {"by": "driver"}
 
         settings = {"alignment": config.alignment.model_dump(mode="json"), "threads": config.cluster.training_threads}
@@ -260,7 +264,7 @@ class Run:
         names = self._claim_names
         return OnlineRewardConfig(
             scorer=self._scorer(round_),
-            encoder=self._encoder,
+            encoder=self.encoder,
             format_gate=self.config.pairs.format_gate,
             names={kind: sorted(of) for kind, of in names.items()} if names is not None else None,
         )
@@ -278,7 +282,7 @@ class Run:
     def texts(self, name: str, policy: Policy, splits: list[str], decoding: Decoding, samples: int) -> Report:
         """Samples texts for the users of `splits` into `<name>/samples`."""
         config, out = self.config, self.folder / name / "samples"
-        sampler, prompts = self._sampler(name, policy, decoding, samples), self._prompts_of(splits)
+        sampler, prompts = self.sampler(name, policy, decoding, samples), self._prompts_of(splits)
 
         def work() -> Report:
             units = cut(prompts.select(["user_id", "prompt_ids"]), config.sampling.users_per_unit)
@@ -288,13 +292,15 @@ class Run:
         settings = {**sampler.model_dump(exclude={"source", "adapter"}), "splits": splits, **self.pool_settings(), **self._skipping}
         return self.stage(f"{name}/sample", settings, [self.folder / "prompts", *policy.files], [out], work)
 
-    def _sampler(self, purpose: str, policy: Policy, decoding: Decoding, samples: int) -> SamplerConfig:
+    def sampler(self, purpose: str, policy: Policy, decoding: Decoding, samples: int) -> SamplerConfig:
         return SamplerConfig(
             language_model=self.config.llm,
             source=policy.source,
             adapter=str(policy.adapter) if policy.adapter else None,
             decoding=decoding,
             samples=samples,
+            engine=self.config.sampling.engine,
+            rows_at_once=self.config.sampling.rows_at_once,
             seed=self.config.seed,
             purpose=purpose,
         )
@@ -310,7 +316,7 @@ class Run:
             units = [
                 (unit, table.select(["user_id", "sample", "text"])) for unit, table in read_parquet_units(self.folder / name / "samples")
             ]
-            self.map(f"{name}/encode", Encoder, self._encoder, units, out, config.sampling.skip_failed_rows)
+            self.map(f"{name}/encode", Encoder, self.encoder, units, out, config.sampling.skip_failed_rows)
             return {"cut_texts": pc.sum(read_parquet(out, ["cut"])["cut"]).as_py(), **self._failures(out)}
 
         report = self.stage(
@@ -339,7 +345,7 @@ class Run:
             samples = read_parquet(self.folder / "round-0" / "samples")
             of_training = samples.filter(pc.is_in(samples["user_id"], pa.array(list(self._user_folds))))
             TfidfEncoder.fit(items["text"].to_pylist() + of_training["text"].to_pylist(), self.config.encoder.dimensions, folder)
-        encoded = Encoder(self._encoder)(items)
+        encoded = Encoder(self.encoder)(items)
         files.write_tensors({"item_vectors": files.matrix(encoded["vector"])}, self.item_vectors)
         return {"dimensions": encoded["vector"].type.list_size, "cut_item_texts": pc.sum(encoded["cut"]).as_py()}
 
@@ -353,7 +359,7 @@ class Run:
         return self.folder / "encoder" / "item_vectors.safetensors"
 
     @property
-    def _encoder(self) -> EncoderWorkerConfig:
+    def encoder(self) -> EncoderWorkerConfig:
         return EncoderWorkerConfig(
             encoder=self.config.encoder, folder=str(self.folder / "encoder"), language_model=self.config.llm, source=self.policy(0).source
         )
@@ -415,7 +421,7 @@ class Run:
         return read_parquet(self.folder / "data" / "users.parquet")
 
     @cached_property
-    def _profiles(self) -> dict[str, str]:
+    def profiles(self) -> dict[str, str]:
         return dict(zip(self._users["user_id"].to_pylist(), self._users["profile"].to_pylist(), strict=True))
 
     @cached_property
@@ -454,13 +460,15 @@ class Run:
         return {"failed_users": len(files.failed(out))} if self.config.sampling.skip_failed_rows else {}
 
     def map(self, label: str, worker: type, config: Any, units: Units, out: Path, skip_failed: bool = False) -> None:
-        announce = partial(self.announce, label)
+        def announce(done: int, of: int) -> None:
+            self.announce(label, done, of, out)
+
         map_units(worker, config, units, out, self.config.cluster, announce, self.folder / "logs", skip_failed)
 
     def stage(self, name: str, settings: Any, inputs: list[Path], outputs: list[Path], work: Callable[[], Report]) -> Report:
         """Runs a stage of the run folder; `settings` (a mapping or a part of the configuration) and the seed are part of its key."""
         values = settings if isinstance(settings, dict) else settings.model_dump(mode="json")
-        self.announce(name, 0, 0)
+        self.announce(name, 0, 0, None)
         return self.folder.stage(name, {"seed": self.config.seed, **values}, inputs, outputs, work)
 
 

@@ -107,10 +107,10 @@ class Experiment:
         """Each kind of recommender, once a seed, fitted on the texts of all training users: the refresh on the new policy's texts."""
         jobs = [
             FitJob(
-                out=str(self._judge(name, seed)),
+                out=str(self.judge(name, seed)),
                 recommender=self.config.recommender.model_copy(update={"user_signal": judge.user_signal, "item_text": judge.item_text}),
                 seed=stable_seed(self.config.seed, "judge", seed),
-                texts=[str(self.run.folder / f"round-{self._round(policy)}" / "vectors") for policy in judge.policies],
+                texts=[str(self.run.folder / f"round-{self.round_of(policy)}" / "vectors") for policy in judge.policies],
             )
             for name, judge in JUDGES.items()
             for seed in range(self.config.evaluation.seeds)
@@ -124,8 +124,8 @@ class Experiment:
             temperatures = evaluation.temperatures if split == "validation" else [self.temperatures[policy]]
             for temperature in temperatures:
                 decoding = self.config.sampling.decoding.model_copy(update={"temperature": temperature})
-                name = self._texts(policy, split, temperature)
-                self.run.encoded_texts(name, self.run.policy(self._round(policy)), [split], decoding, evaluation.texts_per_user)
+                name = self.texts_of(policy, split, temperature)
+                self.run.encoded_texts(name, self.run.policy(self.round_of(policy)), [split], decoding, evaluation.texts_per_user)
 
     def choose_temperatures(self) -> Report:
         """The temperature at which each policy serves its own recommender best on the validation users."""
@@ -133,7 +133,7 @@ class Experiment:
         if len(temperatures) == 1:
             files.write_json({"chosen": dict.fromkeys(POLICIES, temperatures[0]), "validation_ndcg@5": {}}, out)
             return files.read_json(out)["chosen"]
-        inputs = [self.run.folder / self._texts(policy, "validation", t) / "vectors" for policy in POLICIES for t in temperatures]
+        inputs = [self.run.folder / self.texts_of(policy, "validation", t) / "vectors" for policy in POLICIES for t in temperatures]
 
         def work() -> Report:
             curves: dict[str, dict[float, float]] = {policy: {} for policy in POLICIES}
@@ -150,13 +150,13 @@ class Experiment:
     def measure(self) -> Report:
         """The one reading of the test users."""
         out, cutoffs = self.folder / "results.json", self.config.evaluation.cutoffs(CUTOFFS)
-        inputs = [self.run.folder / self._texts(policy, "test", self.temperatures[policy]) / "vectors" for policy in POLICIES]
+        inputs = [self.run.folder / self.texts_of(policy, "test", self.temperatures[policy]) / "vectors" for policy in POLICIES]
 
         def work() -> Report:
             values = {condition.label: self._metrics(condition, "test", None, cutoffs) for condition in CONDITIONS}
             self._write_per_user(values)
             samples = {
-                policy: files.read_parquet(self.run.folder / self._texts(policy, "test", self.temperatures[policy]) / "samples")
+                policy: files.read_parquet(self.run.folder / self.texts_of(policy, "test", self.temperatures[policy]) / "samples")
                 for policy in POLICIES
             }
             results = {
@@ -204,14 +204,14 @@ class Experiment:
         vectors = None
         if condition.texts:
             chosen = self.temperatures[condition.texts] if temperature is None else temperature
-            vectors = user_vectors_of([self.run.folder / self._texts(condition.texts, split, chosen) / "vectors"], data.user_ids)
+            vectors = user_vectors_of([self.run.folder / self.texts_of(condition.texts, split, chosen) / "vectors"], data.user_ids)
             if condition.shuffled:
                 members = data.users_of(split).nonzero().squeeze(1)
                 vectors[members] = vectors[members.roll(1 + len(members) // 2)]
         judge = JUDGES[condition.judge]
         item_vectors = files.read_tensors(self.run.item_vectors)["item_vectors"] if judge.item_text else None
         for seed in range(self.config.evaluation.seeds):
-            model = Reranker.load(self._judge(condition.judge, seed)).bind(data, item_vectors)
+            model = Reranker.load(self.judge(condition.judge, seed)).bind(data, item_vectors)
             for text in range(1 if vectors is None else vectors.shape[1]):
                 yield logits_of(model, data, lists, None if vectors is None else vectors[owners, text])
 
@@ -240,11 +240,14 @@ class Experiment:
             self._loaded = RankingData.load(self.run.folder / "data")
         return self._loaded.without(left_out(list(self.folder.glob("texts/*/vectors"))))
 
-    def _round(self, policy: str) -> int:
+    def round_of(self, policy: str) -> int:
+        """The round whose policy it is."""
         return 0 if policy == "untuned" else self.config.rounds
 
-    def _texts(self, policy: str, split: str, temperature: float) -> str:
+    def texts_of(self, policy: str, split: str, temperature: float) -> str:
+        """Folder in the run folder of a policy's texts for the users of a split."""
         return f"evaluation/texts/{policy}-{split}-t{temperature:g}"
 
-    def _judge(self, name: str, seed: int) -> Path:
+    def judge(self, name: str, seed: int) -> Path:
+        """Folder of a fitted recommender of the evaluation."""
         return self.folder / "judges" / f"{name}-seed-{seed}"

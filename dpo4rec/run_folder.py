@@ -30,22 +30,32 @@ class RunFolder:
         path: the folder; made if absent.
         config: the resolved configuration, written to `config.yaml`, or compared with the one there.
         free: dotted keys whose values may differ from the folder's own (they change no result).
+        completed: the folder's own configuration with defaults for the keys that were added since it was made.
 
     Raises:
         InputError: another run holds the folder, or it belongs to another configuration.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], free: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: dict[str, Any],
+        free: tuple[str, ...] = (),
+        completed: Callable[[dict[str, Any]], dict[str, Any]] = lambda own: own,
+    ) -> None:
         self.path = path
-        path.mkdir(parents=True, exist_ok=True)
-        self._lock = (path / ".lock").open("w")  # held until the process ends
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = (path / ".lock").open("w")  # held until the process ends
+        except OSError as error:
+            raise InputError(str(path), f"the run folder cannot be made or written ({error.strerror})", "Give another --run-dir") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InputError(str(path), "another process is running in this folder", "Wait for it, or give another --run-dir") from error
         for partial in path.rglob(".*.partial-*"):
             files.remove(partial)
-        self._keep_config(config, free)
+        self._keep_config(config, free, completed)
         self.manifest: dict[str, Any] = files.read_json(path / "manifest.json") if (path / "manifest.json").exists() else {"stages": {}}
         versions = {name: importlib.metadata.version(name) for name in PACKAGES}
         self.manifest["versions"] = {"dpo4rec": __version__, "python": platform.python_version(), **versions}
@@ -54,10 +64,10 @@ class RunFolder:
         """Lets another driver take the folder."""
         self._lock.close()
 
-    def _keep_config(self, config: dict[str, Any], free: tuple[str, ...]) -> None:
+    def _keep_config(self, config: dict[str, Any], free: tuple[str, ...], completed: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         file = self.path / "config.yaml"
         if file.exists():
-            differing = sorted(set(_differing(read_yaml(file), config)) - set(free))
+            differing = sorted(set(_differing(completed(read_yaml(file)), config)) - set(free))
             if differing:
                 raise InputError(
                     str(file),

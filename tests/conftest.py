@@ -15,13 +15,15 @@ from dpo4rec.experiment import Experiment
 
 REAL_DATA = Path(os.environ.get("DPO4REC_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
+os.environ.setdefault("RAY_worker_niceness", "0")
+"""Ray's workers give way to everything else by default: beside another test process they would starve."""
 
-FIRST, LAST = "test_ray_jobs.py", "test_alignment_processes.py"
-"""Files whose tests start Ray, and take longest: with two test processes they shall not meet."""
+LONGEST = ("test_ray_jobs.py", "test_alignment_processes.py", "test_pool.py")
+"""Files that take longest, because their tests start many processes. They come first, so that no test process is left alone with one."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: (item.path.name != FIRST) + (item.path.name == LAST))
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")

@@ -46,10 +46,11 @@ def launch(*arguments: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(LAUNCHER), *map(str, arguments)], capture_output=True, text=True, env=environment)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_the_launcher_agrees_under_zero(job: Path, stage: int) -> None:
-    out = job / f"zero-{stage}"
-    done = launch(job, "--num-processes", 2, "--zero", stage, "--out", out)
+@pytest.mark.parametrize(("where", "stage"), [("--num-processes", 2), ("--hostfile", 3)])
+def test_the_launcher_agrees_under_zero(job: Path, where: str, stage: int) -> None:
+    out, hosts = job / f"zero-{stage}", job / "hosts"
+    hosts.write_text("# this machine alone, which needs no ssh\nlocalhost slots=2\n")
+    done = launch(job, where, hosts if where == "--hostfile" else 2, "--zero", stage, "--out", out)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((out / "summary.json").read_text())["zero_stage"] == stage
     np.testing.assert_allclose(steps_of(out)[:10], steps_of(job / "one")[:10], atol=1e-3)

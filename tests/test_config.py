@@ -48,6 +48,15 @@ def test_bad_settings_are_named(setting: str, words: list[str]) -> None:
         assert word in str(caught.value)
 
 
+def test_vllm_draws_what_it_can() -> None:
+    assert resolve("quickstart", None, ["sampling.engine=vllm", "llm.precision=bf16"]).sampling.engine == "vllm"
+    for setting, cause in (("llm.precision=fp32", "llm.precision=bf16"), ("evaluation.temperatures=[3.0]", "not at 3")):
+        with pytest.raises(InputError, match=cause):
+            resolve("quickstart", None, ["llm.precision=bf16", "sampling.engine=vllm", setting])
+    with pytest.raises(InputError, match="rows_at_once is for"):
+        resolve("quickstart", None, ["llm.precision=bf16", "sampling.engine=vllm", "sampling.rows_at_once=64"])
+
+
 def test_errors_leave_with_status_2_and_one_line() -> None:
     result = CliRunner().invoke(app, ["run", "--preset", "quickstrat"])
     assert result.exit_code == 2

@@ -20,9 +20,11 @@ ELSEWHERE = {
     "launchers/align.sh": "test_alignment_processes.py",
     "launchers/ray_head.sh": "test_ray_jobs.py",
     "python ray_jobs/submit.py": "test_ray_jobs.py",
+    "launchers/slurm.sh": "test_launchers.py, with stand-ins for srun and scontrol",
     "python benchmarks": "by hand: their results are committed",
     "dpo4rec prepare ml-1m --download": "test_data_download.py, from a local server",
     "dpo4rec prepare |": "test_run.py",
+    "dpo4rec export": "test_export.py",
 }
 COMMAND = re.compile(r"(?:dpo4rec|make|launchers/|python) ?[a-z0-9./_-]*[^`\n#]*")
 
@@ -54,8 +56,8 @@ def test_commands_of_the_docs_work(command: str, tmp_path: Path, monkeypatch: py
     assert shop is not None
     (tmp_path / "shop.yaml").write_text(shop[1])
     words = shlex.split(command)
-    assert words[:2] in (["dpo4rec", "run"], ["dpo4rec", "plan"]), command
-    done = CliRunner().invoke(app, [*words[1:], *([] if "--dry-run" in words or words[1] == "plan" else ["--dry-run"])])
+    assert words[:2] in (["dpo4rec", "run"], ["dpo4rec", "plan"], ["dpo4rec", "doctor"]), command
+    done = CliRunner().invoke(app, [*words[1:], *([] if "--dry-run" in words or words[1] != "run" else ["--dry-run"])])
     assert done.exit_code == 0, done.output
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
@@ -69,6 +70,20 @@ def test_a_run_that_is_killed_again_and_again_ends_like_an_undisturbed_one(micro
 def test_other_settings_are_refused_by_a_run_folder(micro_run: Path, micro: Path) -> None:
     with pytest.raises(InputError, match=r"config.yaml.*alignment.beta, seed"):
         Run(resolve("quickstart", micro, ["seed=1", "alignment.beta=0.7"]), micro_run)
+
+
+def test_a_folder_of_an_older_version_goes_on_with_the_defaults_of_keys_that_were_added(
+    micro_run: Path, micro: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(micro_run, tmp_path / "run")
+    file = tmp_path / "run" / "config.yaml"
+    older = yaml.safe_load(file.read_text())
+    del older["sampling"]["rows_at_once"], older["sequential"]
+    file.write_text(yaml.safe_dump(older))
+    with pytest.raises(InputError, match=r"another value of sampling.rows_at_once"):
+        Run(resolve("quickstart", micro, ["sampling.rows_at_once=64"]), tmp_path / "run")
+    Run(resolve("quickstart", micro, []), tmp_path / "run").folder.release()
+    assert yaml.safe_load(file.read_text()) == yaml.safe_load((micro_run / "config.yaml").read_text())
 
 
 def test_one_driver_at_a_time(micro: Path, tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import get_args
 
 import torch
 
+from dpo4rec.alignment.config import Tracking
 from dpo4rec.alignment.job import read_job
 from dpo4rec.errors import InputError
 
@@ -18,6 +20,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="a round's folder, with alignment.json")
     parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="ZeRO stage instead of the configured one")
     parser.add_argument("--out", type=Path, help="folder to write instead of ROUND_FOLDER/adapter; it must not exist")
+    parser.add_argument("--tracking", choices=get_args(Tracking), default="none", help="tracker beside the log")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     changes = {"workers": int(os.environ.get("WORLD_SIZE", "1"))} | ({} if options.zero is None else {"zero_stage": options.zero})
@@ -26,7 +29,7 @@ def main() -> int:
         job = read_job(options.folder, **changes)
         if out.exists():  # never replaced by hand: a finished round's scores and texts came from it
             raise InputError(str(out), "it is there already", "Give another folder with --out, or remove it")
-        job.run(out)
+        job.run(out, options.tracking)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

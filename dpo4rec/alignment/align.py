@@ -11,11 +11,12 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo4rec.alignment.arguments import release_shared_memory
 from dpo4rec.alignment.checkpoints import LOG, step_of
-from dpo4rec.alignment.config import AlignmentConfig
+from dpo4rec.alignment.config import AlignmentConfig, Tracking
 from dpo4rec.alignment.methods import Start, build
 from dpo4rec.alignment.online import Online
 from dpo4rec.alignment.policy import check_written, whole_weights, write_policy
 from dpo4rec.alignment.policy_trainer import PolicyTrainer
+from dpo4rec.alignment.tracking import check_tracking, tracker_of
 from dpo4rec.errors import InputError
 from dpo4rec.files import atomic, content_hash, remove, write_json
 
@@ -30,6 +31,7 @@ def align(
     threads: int | None = None,
     round_0_adapter: Path | None = None,
     online: Online | None = None,
+    tracking: Tracking = "none",
 ) -> None:
     """Trains `model` on `pairs` and writes a PEFT adapter (or the full model) to `out`, with `training_log.jsonl` and `summary.json`.
 
@@ -49,13 +51,15 @@ def align(
         threads: CPU threads of this process; unchanged if None.
         round_0_adapter: the adapter that round 0 started from, for `reference: round_0`; None: it had none.
         online: for `method: grpo`: how it samples, and its reward.
+        tracking: a tracker that is told every line of the log; TensorBoard's files go to the folder `tracking` beside `out`.
 
     Raises:
-        InputError: pairs, model or adapter cannot be used, `online` is not what the method needs, or the number of processes is not the
-            configured one.
+        InputError: pairs, model or adapter cannot be used, `online` is not what the method needs, the tracker is not installed, or
+            the number of processes is not the configured one.
         RuntimeError: training went wrong (see `check_step`) or `out` does not hold what was trained.
     """
     _check_processes(config)
+    check_tracking(tracking)
     if config.weights == "full" and initial_adapter is not None:
         raise InputError(
             "alignment.weights", "full weights cannot go on with an adapter", "Use weights: lora, or give the last round's model folder"
@@ -64,6 +68,9 @@ def align(
         torch.set_num_threads(threads)
     start = Start(config, model, pairs, initial_adapter, seed, out)
     trainer, checkpoint, summary = build(start, round_0_adapter, online)
+    if tracking != "none":
+        trainer.args.run_name = f"{out.absolute().parent.parent.name}/{out.absolute().parent.name}"  # run folder and round
+        trainer.add_callback(tracker_of(tracking, out.parent / "tracking"))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     summary |= {"pairs_hash": content_hash(pairs), "resumed_from": step_of(checkpoint) if checkpoint else 0}
     _finish(trainer, out, summary, start.tokenizer if config.weights == "full" else None)

@@ -9,6 +9,7 @@ from dpo4rec.settings import Settings
 Objective = Literal["sigmoid", "smoothed", "robust", "margin", "hinge", "ipo", "simpo", "softmax", "dmpo"]
 Noise = Literal["none", "epsilon", "epsilon_column", "margin_column"]
 Method = Literal["preference", "rejection_sampling", "reward_weighted", "grpo"]
+Tracking = Literal["none", "tensorboard", "mlflow", "wandb"]
 NOISE_OF: dict[str, tuple[str, ...]] = {
     "sigmoid": ("none",),
     "smoothed": ("epsilon", "epsilon_column"),

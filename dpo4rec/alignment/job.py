@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from dpo4rec.alignment.align import align
-from dpo4rec.alignment.config import AlignmentConfig
+from dpo4rec.alignment.config import AlignmentConfig, Tracking
 from dpo4rec.alignment.online import Online, read_reward
 from dpo4rec.errors import InputError
 from dpo4rec.files import read_json, write_json
@@ -43,10 +43,11 @@ class Job:
     round_0_adapter: Path | None
     online: OnlineSettings | None
 
-    def run(self, out: Path) -> None:
+    def run(self, out: Path, tracking: Tracking = "none") -> None:
         named = self.online
         online = Online(named.decoding, read_reward(named.worker, self.folder / named.settings)) if named else None
-        align(self.config, self.model, self.pairs, self.initial_adapter, self.seed, out, self.threads, self.round_0_adapter, online)
+        start = (self.config, self.model, self.pairs, self.initial_adapter, self.seed, out, self.threads, self.round_0_adapter)
+        align(*start, online, tracking)
 
 
 def write_job(

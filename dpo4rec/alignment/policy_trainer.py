@@ -41,11 +41,12 @@ class PolicyTrainer(Trainer):
         return {}
 
     def write_step(self, record: Record, starts_at_reference: bool = False) -> None:
-        """Writes a step's line to the log and stops a run that has gone wrong, see `check_step`."""
+        """Writes a step's line to the log, tells it to a tracker, and stops a run that has gone wrong, see `check_step`."""
         self.state.log_history = [record]  # the last step: all of them are in the file
         if self.is_world_process_zero():
             with (self.folder / LOG).open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(record) + "\n")
+        self.callback_handler.on_log(self.args, self.state, self.control, dict(record))
         check_step(record, self.settings, self.zero_stage(), starts_at_reference)
 
     def create_model_card(self, *arguments: Any, **named: Any) -> None:

@@ -7,12 +7,13 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
 
+from dpo4rec.alignment.config import Tracking
 from dpo4rec.alignment.job import read_job
 from dpo4rec.errors import InputError
 from dpo4rec.files import remove
 
 
-def align_on_ray(job: Path, workers: int, cpus_per_worker: float = 1, retries: int = 2) -> None:
+def align_on_ray(job: Path, workers: int, cpus_per_worker: float = 1, retries: int = 2, tracking: Tracking = "none") -> None:
     """Aligns what `alignment.json` says into `adapter` beside it, with `workers` processes of a Ray that is already initialised.
 
     A lost worker ends the others; all start again from the newest complete checkpoint, at most `retries` times.
@@ -22,6 +23,7 @@ def align_on_ray(job: Path, workers: int, cpus_per_worker: float = 1, retries: i
         job: the path of `alignment.json`, as `write_job` returns it.
         workers: processes; each takes one GPU if this machine has any.
         cpus_per_worker: CPUs that Ray reserves for each.
+        tracking: as of `align`.
 
     Raises:
         InputError: as `align`.
@@ -32,7 +34,7 @@ def align_on_ray(job: Path, workers: int, cpus_per_worker: float = 1, retries: i
     storage = folder / ".ray-train"
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"folder": str(folder), "workers": workers},
+        train_loop_config={"folder": str(folder), "workers": workers, "tracking": tracking},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=torch.cuda.is_available(), resources_per_worker={"CPU": cpus_per_worker}),
         run_config=RunConfig(name="alignment", storage_path=str(storage), failure_config=FailureConfig(max_failures=retries)),
     )
@@ -47,4 +49,4 @@ def align_on_ray(job: Path, workers: int, cpus_per_worker: float = 1, retries: i
 
 def _worker(settings: dict[str, Any]) -> None:
     folder = Path(settings["folder"])
-    read_job(folder, workers=settings["workers"]).run(folder / "adapter")
+    read_job(folder, workers=settings["workers"]).run(folder / "adapter", settings["tracking"])

@@ -21,3 +21,5 @@ class ClusterConfig(Settings):
     gpus_per_worker: NonNegativeFloat = 0
     memory_per_worker_gib: Annotated[float, Field(ge=0)] = 0
     """Memory that Ray reserves for each actor; 0 reserves none."""
+    wait_timeout_seconds: NonNegativeFloat = 600
+    """How long a job waits for a cluster that is still too small, for instance because its nodes are starting."""

@@ -16,13 +16,14 @@ import pyarrow as pa
 import torch
 
 from dpo4rec.cluster.config import ClusterConfig
+from dpo4rec.cluster.connect import start_ray
 from dpo4rec.cluster.role_log import unfinished
 from dpo4rec.cluster.units import Source, Tables, Units, cut, readable
 from dpo4rec.cluster.worker import Step, UnitWorker
 from dpo4rec.errors import InputError
 from dpo4rec.settings import Settings
 
-__all__ = ["Source", "Step", "Units", "cut", "map_units", "start_ray", "stream_units"]
+__all__ = ["Source", "Step", "Units", "cut", "map_units", "stream_units"]
 
 Progress = Callable[[int, int], None]
 
@@ -143,34 +144,3 @@ def _died(steps: list[Step], logs: Path | None, error: Exception) -> InputError:
     return InputError(
         ", ".join(step.name for step in steps), cause, "\n".join([remedy, *(f"  at work when it died: {line}" for line in at_work)])
     )
-
-
-def start_ray(cluster: ClusterConfig) -> None:
-    """Connects to the cluster this job was submitted to, or starts a local one; checks that the pools fit.
-
-    Ray Data hangs silently when the actors leave no CPU for its own read and write tasks, so one CPU beyond the workers' is asked for.
-
-    Raises:
-        InputError: the cluster is too small.
-    """
-    import os
-
-    import ray
-
-    if not ray.is_initialized():
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(log_to_driver=True)
-        else:
-            ray.init(address="local", num_cpus=max(os.cpu_count() or 1, cluster.workers + 2), include_dashboard=False)
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.execution_no_progress_timeout_s = -1  # Ray gives up after 30 minutes, a fit may take hours
-    have = ray.cluster_resources()
-    need = {"CPU": cluster.workers + 1.0, "GPU": cluster.workers * cluster.gpus_per_worker}
-    for resource, amount in need.items():
-        if have.get(resource, 0) < amount:
-            raise InputError(
-                "cluster.workers",
-                f"{cluster.workers} workers need {amount:g} {resource}, the Ray cluster has {have.get(resource, 0):g}",
-                "Lower cluster.workers or start more nodes",
-            )

@@ -1,12 +1,13 @@
 """The sampler: a worker that turns users' prompts into several texts each."""
 
 from pathlib import Path
+from typing import Any, Literal
 
 import pyarrow as pa
 
 from dpo4rec.files import stable_seed
 from dpo4rec.knowledge.config import Decoding, LanguageModelConfig
-from dpo4rec.knowledge.generation import generate
+from dpo4rec.knowledge.generation import BuiltinEngine
 from dpo4rec.knowledge.language_model import end_ids, load_model, load_tokenizer
 from dpo4rec.settings import Settings
 
@@ -30,6 +31,9 @@ class SamplerConfig(Settings):
     adapter: str | None
     decoding: Decoding
     samples: int
+    engine: Literal["builtin", "vllm"]
+    rows_at_once: int
+    """Of the built-in engine; vLLM finds its own."""
     seed: int
     purpose: str
     """Part of every row's seed: the round, or what the texts are for, so that no two stages share random numbers."""
@@ -38,19 +42,26 @@ class SamplerConfig(Settings):
 class Sampler:
     """Worker: table with user_id, prompt_ids in; N rows a user with `SAMPLES` columns out.
 
-    The seed of a row is a hash of run, purpose, user and sample (never of worker or order), and a unit is always one batch.
+    The seed of a row is a hash of run, purpose, user and sample (never of worker or order), and a unit is always one call of the engine.
     """
 
     def __init__(self, config: SamplerConfig) -> None:
         self.config = config
         self.tokenizer = load_tokenizer(config.language_model, config.source)
-        self.model = load_model(config.language_model, config.source, Path(config.adapter) if config.adapter else None)
-        self.end_ids = end_ids(self.model, self.tokenizer)
+        self.engine = self._engine(config, Path(config.adapter) if config.adapter else None)
+
+    def _engine(self, config: SamplerConfig, adapter: Path | None) -> Any:
+        if config.engine == "vllm":
+            from dpo4rec.knowledge.vllm_engine import VllmEngine  # an extra
+
+            return VllmEngine(config.language_model, config.source, adapter)
+        model = load_model(config.language_model, config.source, adapter)
+        return BuiltinEngine(model, end_ids(model, self.tokenizer), self.tokenizer.pad_token_id, config.rows_at_once)
 
     def __call__(self, unit: pa.Table) -> pa.Table:
         users, config = unit["user_id"].to_pylist(), self.config
         seeds = [[stable_seed(config.seed, config.purpose, user, sample) for sample in range(config.samples)] for user in users]
-        drawn = generate(self.model, unit["prompt_ids"].to_pylist(), seeds, config.decoding, self.end_ids, self.tokenizer.pad_token_id)
+        drawn = self.engine.generate(unit["prompt_ids"].to_pylist(), seeds, config.decoding)
         rows = []
         for user, samples in zip(users, drawn, strict=True):
             for number, sample in enumerate(samples):

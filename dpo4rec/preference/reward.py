@@ -38,9 +38,10 @@ class Scorer:
         self.data = RankingData.load(Path(config.data))
         item_vectors = read_tensors(Path(config.item_vectors))["item_vectors"]
         self.models = [[Reranker.load(Path(folder)).bind(self.data, item_vectors) for folder in fold] for fold in config.recommenders]
-        codes = {user: index for index, user in enumerate(self.data.user_ids)}
+        self.codes = {user: index for index, user in enumerate(self.data.user_ids)}
         owners = self.data.list_users.numpy()
-        self.lists_of = {user: np.flatnonzero(owners == index) for user, index in codes.items() if user in config.user_folds}
+        self.by_owner = np.argsort(owners, kind="stable")  # the numbers of the lists, those of a user one after the other
+        self.starts = np.searchsorted(owners[self.by_owner], np.arange(len(self.codes) + 1))
 
     def __call__(self, unit: pa.Table) -> pa.Table:
         users, vectors = unit["user_id"].to_pylist(), matrix(unit["vector"])
@@ -57,7 +58,8 @@ class Scorer:
 
     def _rewards(self, model: Reranker, users: list[str], vectors: Tensor) -> Tensor:
         """Mean over each row's user's lists, [rows]."""
-        lists = [self.lists_of[user] for user in users]
+        codes = [self.codes[user] for user in users]
+        lists = [self.by_owner[self.starts[code] : self.starts[code + 1]] for code in codes]
         row = torch.from_numpy(np.repeat(np.arange(len(users)), [len(of) for of in lists]))
         index = torch.from_numpy(np.concatenate(lists))
         logits = logits_of(model, self.data, index, vectors[row])

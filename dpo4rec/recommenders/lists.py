@@ -120,11 +120,16 @@ def _histories(file: Path, user_ids: list[str], item_ids: list[str]) -> tuple[Te
     return codes.new_zeros(shape).index_copy(0, users, codes), ratings.new_zeros(shape).index_copy(0, users, ratings)
 
 
+def rating_scale(known: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of ratings [N]; the latter infinite for implicit feedback, where one value says nothing."""
+    if not len(known) or known.min() == known.max():
+        return torch.zeros(()), torch.tensor(torch.inf)
+    return known.mean(), known.std()
+
+
 def _standardised(ratings: Tensor, present: Tensor, training: Tensor) -> Tensor:
-    known = ratings[training][present[training]]
-    if not len(known) or known.min() == known.max():  # implicit feedback: one value says nothing
-        return torch.zeros_like(ratings)
-    return ((ratings - known.mean()) / known.std()).masked_fill(~present, 0)
+    mean, deviation = rating_scale(ratings[training][present[training]])
+    return ((ratings - mean) / deviation).masked_fill(~present, 0)
 
 
 def _ranked(file: Path) -> bool:

@@ -41,7 +41,7 @@ class SetEncoder(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         hidden = self.inputs(features)
         if self.positions is not None:
-            hidden = hidden + self.positions
+            hidden = hidden + self.positions[: hidden.shape[1]]
         parts = self.queries_keys_values(hidden).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [3, B, heads, K, hidden/heads]
         context = F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
         return self.norm(hidden + self.attended(context))
