@@ -218,7 +218,7 @@ def main() -> int:
     drive(folder / "prepared", folder / "undisturbed", "debug", False)
     runs: list[dict[str, Any]] = []
     while (left := options.kills - sum(len(run["faults"]) for run in runs)) > 0:
-        out, nodes = folder / f"run-{len(runs)}", len(runs) % 2 == 1
+        out, nodes = folder / f"run-{len(runs)}", (len(runs) + options.seed) % 2 == 1
         remove(out)
         seconds = time.monotonic()
         faults = disturbed(Place(folder / "prepared", out, nodes), min(left, options.kills_per_run), clock)
