@@ -9,6 +9,9 @@ quickstart: $(INSTALLED)
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+test-slow: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -m slow
+
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -21,4 +24,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet -e '.[dev]' -c constraints.txt
 	touch $(INSTALLED)
 
-.PHONY: quickstart test lint
+.PHONY: quickstart test test-slow lint

@@ -319,6 +319,7 @@ def test_the_reward_of_grpo_is_that_of_the_score_stage(grpo_run: Path, tmp_path:
     np.testing.assert_allclose(reward(users, texts, finished), list(scores.values()), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_of_the_launcher_find_the_reward(grpo_run: Path) -> None:
     out = grpo_run / "round-0" / "by-launcher"
     done = launch(grpo_run / "round-0", "--num-processes", 2, "--zero", 2, "--out", out)

@@ -58,8 +58,12 @@ def test_the_launcher_agrees_under_zero(job: Path, where: str, stage: int) -> No
 
 @pytest.mark.parametrize(
     ("settings", "stage", "killed", "going_on"),
-    [({}, 0, 1, 2), ({"quantization": "nf4"}, 2, 2, 1), ({"quantization": "nf4"}, 3, 2, 2), ({"weights": "full"}, 3, 2, 3)],
-    ids=["lora", "qlora-zero-2", "qlora-zero-3", "full-zero-3"],
+    [
+        pytest.param({}, 0, 1, 2, id="lora", marks=pytest.mark.slow),
+        pytest.param({"quantization": "nf4"}, 2, 2, 1, id="qlora-zero-2"),
+        pytest.param({"quantization": "nf4"}, 3, 2, 2, id="qlora-zero-3"),
+        pytest.param({"weights": "full"}, 3, 2, 3, id="full-zero-3", marks=pytest.mark.slow),
+    ],
 )
 def test_any_number_of_processes_goes_on_where_others_were_killed(
     job: Path, tmp_path: Path, settings: dict[str, Any], stage: int, killed: int, going_on: int

@@ -12,6 +12,7 @@ from benchmarks.gpu import dpo, sampling
 from benchmarks.gpu.runs import Runs, fresh
 
 
+@pytest.mark.slow
 def test_a_part_runs_through_with_a_tiny_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["benchmarks/gpu/dpo.py", "--part", "qlora", "--micro", "--out", str(tmp_path)])
     assert dpo.main() == 0

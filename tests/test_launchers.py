@@ -120,6 +120,7 @@ echo localhost; echo 127.0.0.1
 """
 
 
+@pytest.mark.slow
 def test_the_slurm_script_starts_ends_and_passes_the_status_on(tmp_path: Path) -> None:
     """srun and scontrol are stand-ins that run everything on this machine: two Ray nodes, and a run that they refuse."""
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):

@@ -221,6 +221,7 @@ class FussySampler(Sampler):
         return super().__call__(unit)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_failing_users_and_counts_them(micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(resolve("quickstart", micro, ["sampling.skip_failed_rows=true"]), tmp_path)
     run.prepare()
@@ -280,6 +281,7 @@ def test_the_failing_user_is_named_on_ray_as_well(local_ray: None, tmp_path: Pat
     named_as_the_failing_user(raised.value, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_unit_that_kills_every_worker_stops_the_run(local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "TASK_RETRIES", 1)
     steps = chain(tmp_path / "run", WriterConfig(dies_on="u7", dies=str(tmp_path), always=True))

@@ -19,6 +19,7 @@ def test_unit_times_keep_the_shape_of_the_measured_ones_and_have_the_mean_asked_
     assert drawn(20_000, 2.0, 0.3, []).std() == pytest.approx(0.6, rel=0.05)
 
 
+@pytest.mark.slow
 def test_no_more_units_run_at_a_time_than_there_are_gpus_and_each_runs_once(tmp_path: Path) -> None:
     seconds = np.full(24, 0.2)
     found = simulate(nodes=1, gpus_per_node=4, seconds=seconds, out=tmp_path / "units")
