@@ -52,4 +52,5 @@ def _script(word: str) -> str:
 
 
 def _bare(word: str) -> str:
-    return Path(word).name if Path(word).is_absolute() else word
+    key, equals, value = word.rpartition("=")  # of --set key=value, too
+    return f"{key}{equals}{Path(value).name if Path(value).is_absolute() else value}"
