@@ -52,15 +52,32 @@ class SequentialConfig(Settings):
         return self
 
 
+class Dropout(nn.Module):
+    """Dropout whose mask costs a byte of a random number an element: on a processor a quarter of the time of torch's own, which draws a
+    whole number for each. The probability is rounded to 1/256, and what is kept is scaled by what was really dropped.
+    """
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.dropped = round(256 * probability)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if not self.training or not self.dropped:
+            return inputs
+        words = torch.empty(-(-inputs.numel() // 8), dtype=torch.int64, device=inputs.device).random_(-(2**63), None)
+        kept = words.view(torch.uint8)[: inputs.numel()].view(inputs.shape) >= self.dropped
+        return inputs * kept.to(inputs.dtype).mul_(256 / (256 - self.dropped))  # two factors of one type: a Boolean one takes ten times as long
+
+
 class Block(nn.Module):
     """Causal self-attention and a feed-forward net, each on normalised input and added to it."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.heads, self.dropout = heads, nn.Dropout(dropout)
+        self.heads, self.dropout = heads, Dropout(dropout)
         self.attention_norm, self.feed_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.queries_keys_values, self.attended = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.feed = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * width, width))
+        self.feed = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), Dropout(dropout), nn.Linear(4 * width, width))
 
     def forward(self, hidden: Tensor) -> Tensor:
         parts = self.queries_keys_values(self.attention_norm(hidden)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -80,7 +97,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         width = config.embedding_dim
         self.positions = nn.Parameter(0.02 * torch.randn(config.max_length + 1, width))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.Sequential(*(Block(width, config.heads, config.dropout) for _ in range(config.layers)))
         self.norm = nn.LayerNorm(width)
 
@@ -95,7 +112,7 @@ class Recurrent(nn.Module):
     def __init__(self, config: SequentialConfig) -> None:
         super().__init__()
         width = config.embedding_dim
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         between = config.dropout if config.layers > 1 else 0.0
         self.gru = nn.GRU(width, 2 * width, config.layers, batch_first=True, dropout=between)
         self.output = nn.Linear(2 * width, width)
