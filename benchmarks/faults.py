@@ -30,8 +30,6 @@ from benchmarks.record import record
 from dpo4rec.cluster.config import ClusterConfig
 from dpo4rec.cluster.pool import Step, stream_units
 from dpo4rec.cluster.units import Rows
-from dpo4rec.config import resolve
-from dpo4rec.driver import Run
 from dpo4rec.files import content_hash, read_json, read_parquet, remove, write_json
 from dpo4rec.knowledge.encoders import Encoder, EncoderWorkerConfig
 from dpo4rec.knowledge.sampling import Sampler, SamplerConfig
@@ -67,6 +65,9 @@ OUTS = ("samples", "vectors", "scores")
 
 def prepare(folder: Path) -> None:
     """A micro run up to its recommenders, whose parts the chain is made of."""
+    from dpo4rec.config import resolve
+    from dpo4rec.driver import Run  # here, because a driver that is started again needs none of it, and would start later
+
     run = Run(resolve("quickstart", None, SETTINGS), folder)
     run.prepare()
     run.sample(0)
