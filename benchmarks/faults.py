@@ -4,7 +4,8 @@
 
 Runs take turns on a local Ray and on three nodes with fake GPUs. Every process dies by SIGKILL: a node is its raylet, and another
 node takes its place; a driver is started again. The chain is sampler, encoder and scorer with a micro model, paced by sleeps so that runs
-last long enough to be hit. Writes benchmarks/results/faults.json; exits 1 if a row is lost, is there twice, or a byte differs.
+last long enough to be hit. A run that is done is not run again: the same command goes on where it was stopped. Writes
+benchmarks/results/faults.json; exits 1 if a row is lost, is there twice, or a byte differs.
 """
 
 import argparse
@@ -29,8 +30,6 @@ from benchmarks.record import record
 from dpo4rec.cluster.config import ClusterConfig
 from dpo4rec.cluster.pool import Step, stream_units
 from dpo4rec.cluster.units import Rows
-from dpo4rec.config import resolve
-from dpo4rec.driver import Run
 from dpo4rec.files import content_hash, read_json, read_parquet, remove, write_json
 from dpo4rec.knowledge.encoders import Encoder, EncoderWorkerConfig
 from dpo4rec.knowledge.sampling import Sampler, SamplerConfig
@@ -66,13 +65,16 @@ OUTS = ("samples", "vectors", "scores")
 
 def prepare(folder: Path) -> None:
     """A micro run up to its recommenders, whose parts the chain is made of."""
+    from dpo4rec.config import resolve
+    from dpo4rec.driver import Run  # here, because a driver that is started again needs none of it, and would start later
+
     run = Run(resolve("quickstart", None, SETTINGS), folder)
     run.prepare()
     run.sample(0)
     run.fit(0)
     sampling = run.config.sampling
-    sampler = run._sampler("faults", run.policy(0), sampling.decoding, sampling.samples)
-    parts = {"sampler": sampler, "encoder": run._encoder, "scorer": run._scorer(0)}
+    sampler = run.sampler("faults", run.policy(0), sampling.decoding, sampling.samples)
+    parts = {"sampler": sampler, "encoder": run.encoder, "scorer": run._scorer(0)}
     write_json({name: part.model_dump(mode="json") for name, part in parts.items()}, folder / "parts.json")
     run.folder.release()
 
@@ -180,6 +182,15 @@ def disturbed(place: Place, kills: int, clock: random.Random) -> list[dict[str, 
     return faults
 
 
+def run_of(folder: Path, number: int, kills: int, seed: int) -> dict[str, Any]:
+    """A disturbed run from the beginning, on three nodes if its number is odd, and what is left of it."""
+    out, nodes, begun = folder / f"run-{number}", number % 2 == 1, time.monotonic()
+    remove(out)
+    faults = disturbed(Place(folder / "prepared", out, nodes), kills, random.Random(f"{seed}-{number}"))
+    left = compare(folder / "undisturbed", out)
+    return {"nodes": 3 if nodes else 1, "seconds": round(time.monotonic() - begun, 1), **left, "faults": faults}
+
+
 # -- what is left ---------------------------------------------------------------------------------------------------------------
 
 
@@ -212,22 +223,19 @@ def main() -> int:
     if options.drive:
         drive(options.folder, options.drive, "ray", options.gpus)
         return 0
-    folder, clock, begun = options.folder.resolve(), random.Random(options.seed), time.monotonic()
+    folder = options.folder.resolve()
     prepare(folder / "prepared")
-    remove(folder / "undisturbed")
     drive(folder / "prepared", folder / "undisturbed", "debug", False)
     runs: list[dict[str, Any]] = []
     while (left := options.kills - sum(len(run["faults"]) for run in runs)) > 0:
-        out, nodes = folder / f"run-{len(runs)}", (len(runs) + options.seed) % 2 == 1
-        remove(out)
-        seconds = time.monotonic()
-        faults = disturbed(Place(folder / "prepared", out, nodes), min(left, options.kills_per_run), clock)
-        result = compare(folder / "undisturbed", out)
-        runs.append({"nodes": 3 if nodes else 1, "seconds": round(time.monotonic() - seconds, 1), **result, "faults": faults})
+        result = folder / f"run-{len(runs)}.json"
+        if not result.exists():
+            write_json(run_of(folder, len(runs), min(left, options.kills_per_run), options.seed), result)
+        runs.append(read_json(result))
         print(json.dumps(runs[-1]), flush=True)
     totals = {name: sum(run[name] for run in runs) for name in ("rows_lost", "rows_doubled", "files_differing")}
     kinds = Counter(fault["kind"] for run in runs for fault in run["faults"])
-    figures = {"kills": sum(kinds.values()), **totals, "runs": len(runs), "seconds": round(time.monotonic() - begun, 1)}
+    figures = {"kills": sum(kinds.values()), **totals, "runs": len(runs), "seconds": sum(run["seconds"] for run in runs)}
     record("faults", figures, {"kinds": kinds, "runs": runs})
     print(json.dumps(figures))
     return 1 if any(totals.values()) else 0

@@ -463,7 +463,8 @@ class Run:
         def announce(done: int, of: int) -> None:
             self.announce(label, done, of, out)
 
-        map_units(worker, config, units, out, self.config.cluster, announce, self.folder / "logs", skip_failed)
+        for warning in map_units(worker, config, units, out, self.config.cluster, announce, self.folder / "logs", skip_failed):
+            self.folder.log("warning", stage=label, message=warning)
 
     def stage(self, name: str, settings: Any, inputs: list[Path], outputs: list[Path], work: Callable[[], Report]) -> Report:
         """Runs a stage of the run folder; `settings` (a mapping or a part of the configuration) and the seed are part of its key."""

@@ -14,9 +14,10 @@ import ray
 from ray.cluster_utils import Cluster
 from typer.testing import CliRunner
 
+from dpo4rec.alignment.ray_train import scaling
 from dpo4rec.cli import app
 from dpo4rec.cluster.config import ClusterConfig
-from dpo4rec.cluster.connect import lacking, start_ray
+from dpo4rec.cluster.connect import lacking, needed, start_ray
 from dpo4rec.cluster.doctor import PACKAGES, Asked, Row, check, diagnose, inspection
 from dpo4rec.errors import InputError
 
@@ -98,6 +99,15 @@ def test_a_workers_share_must_lie_on_one_node() -> None:
     assert "places for 2 of 2 workers" in lacking(ClusterConfig(kind="ray", workers=2, gpus_per_worker=2), nodes)["GPU"]
     assert lacking(ClusterConfig(kind="ray", workers=8, memory_per_worker_gib=8), nodes) == {"memory": "32.0 GiB memory"}
     assert lacking(ClusterConfig(kind="ray", workers=2), nodes[:1], training_workers=10) == {"CPU": "2 CPU"}
+
+
+def test_alignment_has_gpus_where_the_cluster_has_enough(cluster: Cluster) -> None:
+    start_ray(ClusterConfig(kind="ray"))
+    gpus = int(ray.cluster_resources()["GPU"])  # only declared: the driver's machine has none
+    assert scaling(gpus).num_gpus_per_worker == 1
+    assert scaling(gpus + 1).num_gpus_per_worker == 0
+    assert needed(ClusterConfig(kind="ray", gpus_per_worker=0.5), training_workers=2)["GPU"] == 2
+    assert needed(ClusterConfig(kind="ray"), training_workers=2)["GPU"] == 0
 
 
 def test_a_node_without_our_package_can_still_answer() -> None:

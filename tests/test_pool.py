@@ -23,7 +23,7 @@ from dpo4rec.driver import Run
 from dpo4rec.errors import InputError
 from dpo4rec.experiment import Experiment
 from dpo4rec.files import content_hash, failed, read_parquet
-from dpo4rec.knowledge.sampling import Sampler
+from dpo4rec.knowledge.sampling import Sampler, SamplerConfig
 from dpo4rec.settings import Settings
 
 HERE, RAY = ClusterConfig(kind="debug"), ClusterConfig(kind="ray", workers=2)
@@ -76,6 +76,8 @@ def wait_for(file: Path) -> None:
 class Counter:
     """The length of each text."""
 
+    warning = "lengths are counted in characters"
+
     def __init__(self, config: WriterConfig) -> None:
         self.config = config
 
@@ -112,7 +114,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_chain_gives_what_its_steps_give_one_after_another(undisturbed: Path, tmp_path: Path) -> None:
     map_units(Writer, WriterConfig(), cut(USERS, 3), tmp_path / "texts", HERE)
-    map_units(Counter, WriterConfig(), Files(tmp_path / "texts"), tmp_path / "lengths", HERE)
+    assert map_units(Counter, WriterConfig(), Files(tmp_path / "texts"), tmp_path / "lengths", HERE) == [Counter.warning]
     assert content_hash(tmp_path) == content_hash(undisturbed)
     table = read_parquet(tmp_path / "lengths")
     assert table["user_id"].to_pylist() == [user for user in USERS["user_id"].to_pylist() for _ in range(2)]
@@ -211,9 +213,13 @@ def test_a_broken_worker_is_not_taken_for_bad_users(tmp_path: Path) -> None:
 
 
 class FussySampler(Sampler):
-    """Fails on some users, however often it is asked."""
+    """Fails on some users, however often it is asked, and warns of it."""
 
     fails_on: set[str] = set()
+
+    def __init__(self, config: SamplerConfig) -> None:
+        super().__init__(config)
+        self.warning = "some users are not to its taste"
 
     def __call__(self, unit: pa.Table) -> pa.Table:
         if self.fails_on & set(unit["user_id"].to_pylist()):
@@ -233,6 +239,8 @@ def test_a_run_goes_on_without_failing_users_and_counts_them(micro: Path, tmp_pa
     run.folder.release()
     stages = json.loads((tmp_path / "manifest.json").read_text())["stages"]
     assert stages["round-0/sample"]["report"]["failed_users"] == 2
+    events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert {"round-0/sample"} < {event["stage"] for event in events if event.get("message") == "some users are not to its taste"}
     assert failed(tmp_path / "round-0" / "samples").keys() == {users["train"], users["validation"]}
     assert users["train"] not in read_parquet(tmp_path / "round-0" / "pairs" / "answers.parquet")["user_id"].to_pylist()
     per_user = read_parquet(tmp_path / "evaluation" / "per_user.parquet").to_pandas()
@@ -259,7 +267,8 @@ def test_steps_on_ray_work_at_the_same_time_and_give_the_same_bytes(local_ray: N
     pq.write_table(USERS, tmp_path / "users.parquet", row_group_size=5)
     units = Rows(tmp_path / "users.parquet", 3)
     first = tmp_path / "run" / "lengths" / "unit-00000.parquet"  # the first step ends only when the second has a result
-    stream_units(chain(tmp_path / "run", WriterConfig(waits_for=str(first))), units, RAY, logs=tmp_path / "logs")
+    warnings = stream_units(chain(tmp_path / "run", WriterConfig(waits_for=str(first))), units, RAY, logs=tmp_path / "logs")
+    assert warnings == [Counter.warning]
     assert content_hash(tmp_path / "run") == content_hash(undisturbed)
     names = {file.name for file in (tmp_path / "logs").iterdir()}
     assert {"writer-0.log", "counter-0.log"} <= names <= {f"{role}-{rank}.log" for role in ("writer", "counter") for rank in (0, 1)}
@@ -283,7 +292,7 @@ def test_the_failing_user_is_named_on_ray_as_well(local_ray: None, tmp_path: Pat
 
 @pytest.mark.slow
 def test_a_unit_that_kills_every_worker_stops_the_run(local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "TASK_RETRIES", 1)
+    monkeypatch.setattr(pool, "RESTARTS", 1)
     steps = chain(tmp_path / "run", WriterConfig(dies_on="u7", dies=str(tmp_path), always=True))
     with pytest.raises(InputError, match=re.compile(r"died more than 1 times.*unit-00002 begun: 3 rows, u6 to u8", re.DOTALL)):
         stream_units(steps, cut(USERS, 3), RAY, logs=tmp_path / "logs")

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import torch
+import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
 
@@ -21,7 +21,7 @@ def align_on_ray(job: Path, workers: int, cpus_per_worker: float = 1, retries: i
 
     Args:
         job: the path of `alignment.json`, as `write_job` returns it.
-        workers: processes; each takes one GPU if this machine has any.
+        workers: processes; each takes one GPU if the cluster has so many.
         cpus_per_worker: CPUs that Ray reserves for each.
         tracking: as of `align`.
 
@@ -35,7 +35,7 @@ def align_on_ray(job: Path, workers: int, cpus_per_worker: float = 1, retries: i
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"folder": str(folder), "workers": workers, "tracking": tracking},
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=torch.cuda.is_available(), resources_per_worker={"CPU": cpus_per_worker}),
+        scaling_config=scaling(workers, cpus_per_worker),
         run_config=RunConfig(name="alignment", storage_path=str(storage), failure_config=FailureConfig(max_failures=retries)),
     )
     try:
@@ -45,6 +45,12 @@ def align_on_ray(job: Path, workers: int, cpus_per_worker: float = 1, retries: i
         raise next((cause for cause in causes if isinstance(cause, InputError)), RuntimeError(str(error))) from error
     finally:
         remove(storage)
+
+
+def scaling(workers: int, cpus_per_worker: float = 1) -> ScalingConfig:
+    """What the processes ask for: a GPU each where the cluster has so many, whatever the driver's own machine has."""
+    use_gpu = ray.cluster_resources().get("GPU", 0) >= workers
+    return ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus_per_worker})
 
 
 def _worker(settings: dict[str, Any]) -> None:

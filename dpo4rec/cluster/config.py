@@ -19,6 +19,7 @@ class ClusterConfig(Settings):
     training_threads: PositiveInt = 2
     """CPU threads of the warm-up and of each alignment process."""
     gpus_per_worker: NonNegativeFloat = 0
+    """GPUs of each actor. Above 0, each process of the alignment has one GPU, too; at 0 it has one where the cluster has enough."""
     memory_per_worker_gib: Annotated[float, Field(ge=0)] = 0
     """Memory that Ray reserves for each actor; 0 reserves none."""
     wait_timeout_seconds: NonNegativeFloat = 600

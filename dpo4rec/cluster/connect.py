@@ -25,22 +25,20 @@ def needed(cluster: ClusterConfig, training_workers: int = 0) -> Resources:
     Ray Data hangs silently when the actors leave no CPU for its own read and write tasks, so one CPU beyond the workers' is asked for.
 
     Args:
-        training_workers: processes of the alignment, each with a CPU, and with a GPU where this machine has any (see `align_on_ray`).
+        training_workers: processes of the alignment, each with a CPU, and with a GPU where the pools' workers have a share of one.
     """
     if cluster.kind == "debug":
         return {"CPU": 1, **_of_one(cluster)}
     need = {name: cluster.workers * amount for name, amount in _of_one(cluster).items()}
-    return {**need, "CPU": max(cluster.workers + 1, training_workers), "GPU": max(need["GPU"], _training_gpus(training_workers))}
+    return {
+        **need,
+        "CPU": max(cluster.workers + 1, training_workers),
+        "GPU": max(need["GPU"], training_workers if cluster.gpus_per_worker else 0),
+    }
 
 
 def _of_one(cluster: ClusterConfig) -> Resources:
     return {"GPU": cluster.gpus_per_worker, "memory": cluster.memory_per_worker_gib * GIB}
-
-
-def _training_gpus(workers: int) -> int:
-    import torch
-
-    return workers if workers and torch.cuda.is_available() else 0
 
 
 def lacking(cluster: ClusterConfig, nodes: list[Resources], training_workers: int = 0) -> dict[str, str]:
@@ -51,13 +49,27 @@ def lacking(cluster: ClusterConfig, nodes: list[Resources], training_workers: in
     have = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU", "memory")}
     need = needed(cluster, training_workers)
     found = {name: amount(name, need[name] - have[name]) for name in have if need[name] > have[name]}
-    workers = cluster.workers if cluster.kind == "ray" else 1
-    one = {"CPU": 1.0, **_of_one(cluster)}
-    places = sum(min(int(node.get(name, 0) / share + 1e-9) for name, share in one.items() if share) for node in nodes)
-    if not found and places < workers:
-        scarce = "GPU" if one["GPU"] else "memory"
-        found[scarce] = f"places for {workers - places} of {workers} workers ({amount(scarce, one[scarce])} of each must lie on one node)"
+    workers, one = cluster.workers if cluster.kind == "ray" else 1, {"CPU": 1.0, **_of_one(cluster)}
+    if not found and (places := lacking_places([one] * workers, nodes)):
+        found["GPU" if one["GPU"] else "memory"] = places
     return found
+
+
+def lacking_places(shares: list[Resources], nodes: list[Resources]) -> str:
+    """How many of the workers find no place when those that ask for most are placed first; empty where all do.
+
+    Args:
+        shares: what each worker asks for.
+    """
+    free, without = [dict(node) for node in nodes], []
+    for share in sorted(shares, key=lambda share: [share.get(name, 0) for name in ("GPU", "memory", "CPU")], reverse=True):
+        place = next((node for node in free if all(node.get(name, 0) >= value - 1e-9 for name, value in share.items())), None)
+        if place is None:
+            without.append(" and ".join(amount(name, value) for name, value in share.items() if value))
+        else:
+            place.update({name: place.get(name, 0) - value for name, value in share.items()})
+    each = " or ".join(sorted(set(without)))
+    return f"places for {len(without)} of {len(shares)} workers ({each} of each must lie on one node)" if without else ""
 
 
 def amount(resource: str, value: float) -> str:
@@ -78,7 +90,7 @@ def start_ray(cluster: ClusterConfig, training_workers: int = 0, tell: Callable[
         InputError: there is no cluster under RAY_ADDRESS, or it is too small and stays so.
     """
     connected = connect(cluster, training_workers)
-    wait(cluster, training_workers, tell or _print, all_free=connected and can_grow())
+    wait(cluster, training_workers, tell or say, all_free=connected and can_grow())
 
 
 def connect(cluster: ClusterConfig, training_workers: int = 0) -> bool:
@@ -124,7 +136,7 @@ def wait(cluster: ClusterConfig, training_workers: int, tell: Callable[[str], No
         while missing := _missing(cluster, training_workers, all_free):
             now = time.monotonic()
             if not can_grow() or now >= deadline:
-                raise _too_small(cluster, missing)
+                raise too_small(cluster, missing)
             if now - said >= SAY_EVERY_SECONDS:
                 tell(f"waiting for the cluster: {missing} missing; this ends in {deadline - now:.0f} s")
                 _ask_autoscaler(cluster)
@@ -146,7 +158,8 @@ def _missing(cluster: ClusterConfig, training_workers: int, all_free: bool) -> s
     return f"{', '.join(held)} (held by other jobs)" if held else ""
 
 
-def _too_small(cluster: ClusterConfig, missing: str) -> InputError:
+def too_small(cluster: ClusterConfig, missing: str) -> InputError:
+    """What to raise when nothing more is waited for."""
     waited = f"after {cluster.wait_timeout_seconds:g} s " if can_grow() else ""
     remedy = "Start more nodes, or ask for less (cluster.workers, gpus_per_worker, memory_per_worker_gib; alignment.workers)"
     return InputError("cluster", f"{waited}the Ray cluster is too small: {missing} missing", remedy)
@@ -160,5 +173,6 @@ def _ask_autoscaler(cluster: ClusterConfig | None) -> None:
     request_resources(bundles=[one] * cluster.workers + [{"CPU": 1.0}] if cluster else [])
 
 
-def _print(line: str) -> None:
+def say(line: str) -> None:
+    """Prints on the error stream."""
     print(line, file=sys.stderr, flush=True)

@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 from collections.abc import Callable, Generator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pyarrow as pa
 import torch
 
 from dpo4rec.cluster.config import ClusterConfig
-from dpo4rec.cluster.connect import start_ray
+from dpo4rec.cluster.connect import GIB, start_ray
 from dpo4rec.cluster.role_log import unfinished
 from dpo4rec.cluster.units import Source, Tables, Units, cut, readable
 from dpo4rec.cluster.worker import Step, UnitWorker
@@ -29,10 +30,10 @@ Progress = Callable[[int, int], None]
 
 BLOCKS_PER_WORKER = 64
 """Into which the units are parted on Ray: many, so that steps overlap and work is even; few, since each costs the driver milliseconds."""
-TASK_RETRIES = 5
-"""Deaths of workers that a block of units survives. A death (killed, lost node) is mostly chance, an exception is not."""
-RESTARTS = 30
-"""Of each actor in a run: an end to workers that die whenever they start."""
+RESTARTS = 10
+"""Of each worker in a run. A death (killed, lost node) is mostly chance; this ends what kills a worker again and again."""
+TASK_RETRIES = 60
+"""Of a block of units. Ray takes one for every attempt to reach a worker, up to 5 s apart, and notices a lost node only after many."""
 
 
 def stream_units(
@@ -41,7 +42,7 @@ def stream_units(
     cluster: ClusterConfig,
     progress: Progress = lambda done, of: None,
     logs: Path | None = None,
-) -> None:
+) -> list[str]:
     """Takes each unit through the steps, whose results are written to `<step.out>/<unit>.parquet` at once.
 
     On Ray all steps run at the same time, each in its own pool: the second step works on the first units while the first step works on
@@ -53,8 +54,12 @@ def stream_units(
         progress: called with the number of finished units and of all units.
         logs: folder for one log file of each role and rank; None: none are written.
 
+    Returns:
+        What workers warn of (see `Step.worker`), each warning once.
+
     Raises:
-        InputError: a worker fails again and again: names user or unit, and ends with the worker's last log lines.
+        InputError: a worker fails again and again: names user or unit, and ends with the worker's last log lines. Or workers have lost
+            their place, for instance with a node, and have found no other one within `cluster.wait_timeout_seconds`.
     """
     source = Tables(units) if isinstance(units, list) else units
     for step in steps:
@@ -63,7 +68,8 @@ def stream_units(
     done = len(source) - len(waiting)
     progress(done, len(source))
     if not waiting:
-        return
+        return []
+    warnings: set[str] = set()
     chain = [
         {"step": step, "source": source, "before": before, "threads": cluster.threads_per_worker, "logs": logs}
         for step, before in zip(steps, [None, *(step.out for step in steps)], strict=False)
@@ -73,8 +79,10 @@ def stream_units(
             failure = next(filter(None, block["failure"].to_pylist()), None)
             if failure is not None:
                 raise InputError(*json.loads(failure))
+            warnings.update(filter(None, block["warning"].to_pylist()))
             done += len(block)
             progress(done, len(source))
+    return sorted(warnings)
 
 
 def map_units(
@@ -86,11 +94,11 @@ def map_units(
     progress: Progress = lambda done, of: None,
     logs: Path | None = None,
     skip_failed: bool = False,
-) -> None:
+) -> list[str]:
     """`stream_units` with a single step: writes `worker(config)(table)` to `out/<unit>.parquet` for each unit."""
     name = getattr(worker, "__name__", "worker").lower()
     step = Step(worker, config, out, cluster.workers, cluster.gpus_per_worker, name, skip_failed=skip_failed)
-    stream_units([step], units, cluster, progress, logs)
+    return stream_units([step], units, cluster, progress, logs)
 
 
 def _here(chain: list[dict[str, Any]], waiting: list[int]) -> Generator[pa.Table, None, None]:
@@ -99,7 +107,7 @@ def _here(chain: list[dict[str, Any]], waiting: list[int]) -> Generator[pa.Table
     try:
         workers.extend(UnitWorker(**arguments) for arguments in chain)
         for number in waiting:
-            unit = pa.table({"unit": [number], "failure": [""]})
+            unit = pa.table({"unit": [number], "failure": [""], "warning": [""]})
             for worker in workers:
                 unit = worker(unit)
             yield unit
@@ -112,12 +120,16 @@ def _here(chain: list[dict[str, Any]], waiting: list[int]) -> Generator[pa.Table
 def _on_ray(chain: list[dict[str, Any]], waiting: list[int], cluster: ClusterConfig, logs: Path | None) -> Generator[pa.Table, None, None]:
     import ray
 
+    from dpo4rec.cluster.placement import Placement
+
     start_ray(cluster)
     steps: list[Step] = [arguments["step"] for arguments in chain]
     blocks = min(len(waiting), BLOCKS_PER_WORKER * max(step.workers for step in steps))
     # what the cluster cannot give in whole CPUs is shared: the reservation decides on places, `threads` on speed
     cpus = min(1.0, math.floor(100 * (ray.cluster_resources()["CPU"] - 1) / sum(step.workers for step in steps)) / 100)
-    stream: ray.data.Dataset = ray.data.from_items([{"unit": number, "failure": ""} for number in waiting], override_num_blocks=blocks)
+    memory = cluster.memory_per_worker_gib * GIB
+    rows = [{"unit": number, "failure": "", "warning": ""} for number in waiting]
+    stream: ray.data.Dataset = ray.data.from_items(rows, override_num_blocks=blocks)
     for step, arguments in zip(steps, chain, strict=True):
         stream = stream.map_batches(
             UnitWorker,
@@ -127,10 +139,12 @@ def _on_ray(chain: list[dict[str, Any]], waiting: list[int], cluster: ClusterCon
             compute=ray.data.ActorPoolStrategy(size=min(step.workers, blocks)),
             num_cpus=cpus,
             num_gpus=step.gpus,
-            memory=cluster.memory_per_worker_gib * 2**30 or None,
+            memory=memory or None,
             max_restarts=RESTARTS,
             max_task_retries=TASK_RETRIES,
         )
+    shares = [{"GPU": step.gpus, "memory": memory, "CPU": cpus} for step in steps for _ in range(min(step.workers, blocks))]
+    stream.context.custom_execution_callback_classes = [partial(Placement, shares, cluster)]  # type: ignore[list-item]
     try:
         yield from stream.iter_batches(batch_size=None, batch_format="pyarrow")
     except ray.exceptions.RayError as error:
@@ -139,7 +153,7 @@ def _on_ray(chain: list[dict[str, Any]], waiting: list[int], cluster: ClusterCon
 
 def _died(steps: list[Step], logs: Path | None, error: Exception) -> InputError:
     at_work = [line for step in steps for line in (unfinished(logs, step.name) if logs is not None else [])]
-    cause = f"workers died more than {TASK_RETRIES} times on the same units ({type(error).__name__})"
+    cause = f"a worker died more than {RESTARTS} times, or could not be reached for long ({type(error).__name__})"
     remedy = "See whether memory is short (cluster.memory_per_worker_gib, smaller units); the same command continues"
     return InputError(
         ", ".join(step.name for step in steps), cause, "\n".join([remedy, *(f"  at work when it died: {line}" for line in at_work)])

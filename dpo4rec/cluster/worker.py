@@ -26,7 +26,7 @@ class Step:
     """One pool of a chain.
 
     Args:
-        worker: class with `__init__(config)` and `__call__(table) -> table`.
+        worker: class with `__init__(config)` and `__call__(table) -> table`. A text in its attribute `warning` reaches the user.
         config: what each worker is made with.
         out: folder of the results, `<unit>.parquet` each.
         workers: actors (Ray only).
@@ -50,10 +50,10 @@ class Step:
 
 
 class UnitWorker:
-    """Runs a step on units by number: table of one row with columns unit (int64) and failure (string) in, the same out.
+    """Runs a step on units by number: table of one row with columns unit (int64), failure and warning (strings) in, the same out.
 
     A failure is the parts of an `InputError` as JSON, empty where there is none. It travels as data, so that an error is the same in
-    this process and on Ray, and is passed on by the steps after it.
+    this process and on Ray, and is passed on by the steps after it; so do warnings.
 
     Args:
         step: what to run.
@@ -67,16 +67,18 @@ class UnitWorker:
         torch.set_num_threads(threads)
         self.step, self.source, self.before = step, source, before
         self.log = RoleLog(logs, step.name)
-        self.failure = ""
+        self.failure = self.warning = ""
         try:
             self.worker = step.worker(step.config)
+            self.warning = getattr(self.worker, "warning", "")
         except Exception as error:
             self.failure = self._said(error, step.name, "cannot be started")
 
     def __call__(self, unit: pa.Table) -> pa.Table:
         """After a failure nothing more is made: the run stops."""
         self.failure = unit["failure"][0].as_py() or self.failure or self._failure_of(unit["unit"][0].as_py())
-        return pa.table({"unit": unit["unit"], "failure": [self.failure]})
+        warning = "; ".join(filter(None, [unit["warning"][0].as_py(), self.warning]))
+        return pa.table({"unit": unit["unit"], "failure": [self.failure], "warning": [warning]})
 
     def _failure_of(self, number: int) -> str:
         """Makes the unit's file unless it is there; returns what went wrong."""

@@ -5,7 +5,6 @@ model's probabilities alone. A call is one unit of work: how its prompts are bat
 its bytes stay the same wherever it runs on the same kind of hardware.
 """
 
-import logging
 import math
 from dataclasses import dataclass
 
@@ -37,13 +36,14 @@ class BuiltinEngine:
         end_ids: tokens that end a text.
         padding_id: stands in for what is not there.
         rows: about so many texts are drawn at the same time: speed against memory. It may change last bits.
+
+    `warning` says why prompts are not shared, where they are not.
     """
 
     def __init__(self, model: PreTrainedModel, end_ids: set[int], padding_id: int, rows: int) -> None:
         self.model, self.end_ids, self.padding_id, self.rows = model, end_ids, padding_id, rows
         self.shared, reason = share_prompts(model, TOLERANCE[model.dtype])
-        if reason is not None:
-            logging.getLogger(__name__).warning("prompts are not shared by their samples, which is slower: %s", reason)
+        self.warning = f"prompts are not shared by their samples, which is slower: {reason}" if reason is not None else ""
 
     def generate(self, prompts: list[list[int]], seeds: list[list[int]], decoding: Decoding) -> list[list[Sample]]:
         """Draws `len(seeds[u])` samples for every prompt u; all prompts must want the same number.

@@ -49,6 +49,7 @@ class Sampler:
         self.config = config
         self.tokenizer = load_tokenizer(config.language_model, config.source)
         self.engine = self._engine(config, Path(config.adapter) if config.adapter else None)
+        self.warning = getattr(self.engine, "warning", "")
 
     def _engine(self, config: SamplerConfig, adapter: Path | None) -> Any:
         if config.engine == "vllm":
