@@ -127,7 +127,7 @@ def _on_ray(chain: list[dict[str, Any]], waiting: list[int], cluster: ClusterCon
             compute=ray.data.ActorPoolStrategy(size=min(step.workers, blocks)),
             num_cpus=cpus,
             num_gpus=step.gpus,
-            memory=cluster.memory_per_worker_gib * 2**30 or None,
+            memory=cluster.memory_per_worker_gib * 2**30 / len(steps) or None,  # a worker's, for one actor of each step
             max_restarts=RESTARTS,
             max_task_retries=TASK_RETRIES,
         )
