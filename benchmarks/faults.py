@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 from ray.cluster_utils import Cluster
 
 from benchmarks.record import record
@@ -74,7 +73,7 @@ def prepare(folder: Path) -> None:
     run.fit(0)
     sampling = run.config.sampling
     sampler = run.sampler("faults", run.policy(0), sampling.decoding, sampling.samples)
-    parts = {"sampler": sampler, "encoder": run.encoder, "scorer": run._scorer(0)}
+    parts = {"sampler": sampler, "encoder": run.encoder, "scorer": run.scorer(0)}
     write_json({name: part.model_dump(mode="json") for name, part in parts.items()}, folder / "parts.json")
     run.folder.release()
 
@@ -84,20 +83,18 @@ def chain(prepared: Path, out: Path, gpus: bool, paced: bool) -> list[Step]:
     scorer = ScorerConfig.model_validate(parts["scorer"])
     take = {name: partial(given, PACE_SECONDS[name] if paced else 0) for name in PACE_SECONDS}
     of_texts = partial(take["encoder"], columns=["user_id", "sample", "text"])
-    of_training = partial(take["scorer"], users=list(scorer.user_folds))
     samples, vectors, scores = (out / name for name in OUTS)
     return [
         Step(Sampler, SamplerConfig.model_validate(parts["sampler"]), samples, 2, 1.0 * gpus, "sampler", take["sampler"]),
         Step(Encoder, EncoderWorkerConfig.model_validate(parts["encoder"]), vectors, 1, 0.0, "encoder", of_texts),
-        Step(Scorer, scorer, scores, 2, 0.5 * gpus, "scorer", of_training),
+        Step(Scorer, scorer, scores, 2, 0.5 * gpus, "scorer", take["scorer"]),
     ]
 
 
-def given(seconds: float, table: pa.Table, columns: list[str] | None = None, users: list[str] | None = None) -> pa.Table:
+def given(seconds: float, table: pa.Table, columns: list[str] | None = None) -> pa.Table:
     """What a worker is given of its input, after a while."""
     time.sleep(seconds)
-    table = table if columns is None else table.select(columns)
-    return table if users is None else table.filter(pc.is_in(table["user_id"], pa.array(users))).combine_chunks()
+    return table if columns is None else table.select(columns)
 
 
 def drive(prepared: Path, out: Path, kind: str, gpus: bool) -> None:

@@ -20,7 +20,8 @@ from benchmarks.dpo import run_trl
 from dpo4rec.config import Config
 from dpo4rec.files import read_parquet, read_tensors, stable_seed, write_parquet
 from dpo4rec.knowledge.encoders import TfidfEncoder
-from dpo4rec.preference.reward import fold_users, reward_of
+from dpo4rec.preference.folds import fold_users
+from dpo4rec.preference.reward import reward_of
 from dpo4rec.recommenders.lists import RankingData
 from dpo4rec.recommenders.model import Reranker
 from dpo4rec.recommenders.scoring import logits_of
@@ -51,7 +52,8 @@ class Judge:
         item_vectors = read_tensors(run / "encoder" / "item_vectors.safetensors")["item_vectors"]
         users = read_parquet(run / "data" / "users.parquet").to_pylist()
         training = [user["user_id"] for user in users if user["split"] == "train"]
-        self.folds = fold_users(training, config.reward.folds, stable_seed(config.seed, "folds"))
+        folds = fold_users(len(training), config.reward.folds, stable_seed(config.seed, "folds"))
+        self.folds = dict(zip(training, folds.tolist(), strict=True))
         fits = run / "round-0" / "recommender"
         self.models = [
             [Reranker.load(fits / f"fold-{fold}-seed-{seed}").bind(self.data, item_vectors) for seed in range(config.reward.seeds)]

@@ -1,14 +1,16 @@
 """Does memory grow with the number of users? Simulated users through sampling, encoding and scoring, each step in a fresh process.
 
     python benchmarks/scale_memory.py                             # 50,000 to 1,000,000 users; writes benchmarks/results/scale_memory.json
-    python benchmarks/scale_memory.py --sizes 5000 50000 --quick
+    python benchmarks/scale_memory.py --sizes 2000 20000 --quick
     python benchmarks/scale_memory.py --cluster ray               # the driver apart from its workers; and the object store
 
 A stub model (1 layer, hidden 32) writes 2 texts of 2 tokens a user; users have 8 interactions of 200 items: a history of 4 and one list of
-10. The steps are the driver's own. In debug mode the driver is the worker, too, so that a worker's memory is in its peak.
+10. Recommenders are fitted on the texts of 20,000 users (`reward.fit_users`; of fewer users on a quarter), 2,000 validate. The steps are
+the driver's own: "pool" samples and encodes the texts for fitting, "chain" samples, encodes and scores the texts of all training users, all
+at the same time. In debug mode the driver is the worker, too, so that the workers' memory is in its peak.
 
 - peak_memory_gib_<step>_<users>: highest resident memory of the process that ran the step (VmHWM); its imports alone take about half a GiB.
-- peak_memory_ratio_1m_over_50k: of sampling, encoding and scoring, the step with the highest peak at 1,000,000 users / at 50,000.
+- peak_memory_ratio_1m_over_50k: of pool and chain, the step with the highest peak at 1,000,000 users / at 50,000.
 - bytes_per_user_<step>: (peak at the most users - peak at the fewest) / difference of users.
 - object_store_gib_<step>_<users> (Ray alone): resident shared memory of the raylet at the end of the step, from which little returns.
 """
@@ -35,6 +37,7 @@ from dpo4rec.driver import Run
 from dpo4rec.files import write_parquet
 
 ITEMS, INTERACTIONS, SAMPLES = 200, 8, 2
+FITTING, VALIDATING = 20_000, 2_000
 GENRES = ("Drama", "Comedy", "Action", "Crime")
 FRAME = ("The", "user", "rated:", "-", "rated", "Preferences:", *(f"{stars}:" for stars in range(1, 6)))
 Result = dict[str, Any]
@@ -42,17 +45,18 @@ Result = dict[str, Any]
 
 def configured(given: argparse.Namespace) -> Config:
     table = {"timestamp_column": None, "genres_column": "genres"}
+    shares = dict.fromkeys(("validation_share", "test_share"), min(0.1, VALIDATING / given.users))
     sizes = {"embedding_dim": 8, "hidden_dim": 16, "expert_hidden_dim": 16}
     return Config.model_validate(
         {
             "rounds": 1,
-            "data": {"source": "table", "folder": str(given.folder / "tables"), "table": table},
+            "data": {"source": "table", "folder": str(given.folder / "tables"), "table": table, **shares},
             "prompt": {"role": "", "request": "Preferences:", "profile": False},
             "llm": {"name": str(given.folder / "model")},
             "sampling": {"samples": SAMPLES, "users_per_unit": given.users_per_unit, "decoding": {"max_new_tokens": 2}},
             "encoder": {"dimensions": 16},
             "recommender": {"epochs": 1, "batch_size": 1024, **sizes},
-            "reward": {"seeds": 1},
+            "reward": {"seeds": 1, "fit_users": min(FITTING, given.users // 4)},
             "cluster": {"kind": given.cluster, "workers": 1, "threads_per_worker": given.threads, "training_threads": given.threads},
         }
     )
@@ -83,20 +87,14 @@ def interactions(users: int, names: list[str], schema: pa.Schema, at_once: int =
         yield pa.table([owners, items.take(pa.array(picked)), pa.array(ratings)], schema=schema)
 
 
-def texts(run: Run) -> None:
-    sampling = run.config.sampling
-    run.texts("round-0", run.policy(0), ["train", "validation"], sampling.decoding, sampling.samples)
-
-
 STEPS: dict[str, Callable[[Run], object]] = {
     "prepare": lambda run: run.prepare_data(),
     "prompts": lambda run: run.prepare(),
-    "sampling": texts,
-    "encoding": lambda run: run.sample(0),  # its texts are there
+    "pool": lambda run: run.sample(0),
     "fitting": lambda run: run.fit(0),
-    "scoring": lambda run: run.score(0),
+    "chain": lambda run: run.score(0),
 }
-MUST_BE_FLAT = ("sampling", "encoding", "scoring")
+MUST_BE_FLAT = ("pool", "chain")
 
 
 def one(given: argparse.Namespace) -> Result:

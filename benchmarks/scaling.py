@@ -26,8 +26,8 @@ MEASURED = {
     "measured_answer_tokens": ("round", "answer_tokens", "of the texts whose bytes these are"),
     "busy_share": ("simulated_cluster", "busy_share_64", "of 64 workers' time, start-up left out"),
     "driver_seconds_per_unit": ("simulated_cluster", "driver_cpu_seconds_per_unit", "the driver's processor time for a unit"),
-    "driver_bytes_per_user": ("scale_memory", "bytes_per_user_sampling", "growth of the driver's peak memory while it samples"),
-    "scorer_bytes_per_user": ("scale_memory", "bytes_per_user_scoring", "growth of the scorer's peak memory"),
+    "driver_bytes_per_user": ("scale_memory", "bytes_per_user_chain", "growth of the driver's peak memory in a round, workers included"),
+    "scorer_bytes_per_user": ("scale_memory", "bytes_per_user_chain", "growth of a worker's peak memory, the driver's included"),
 }
 """Input -> result file, figure, meaning."""
 

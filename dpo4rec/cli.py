@@ -141,8 +141,8 @@ def _stage(name: str, doc: str) -> None:
     app.command(name)(guarded(command))
 
 
-_stage("sample", "Draw the texts of a round's policy for training and validation users, and encode them.")
-_stage("score", "Let the recommenders score every text of a round.")
+_stage("sample", "Draw and encode the texts of a round's policy that recommenders are fitted on.")
+_stage("score", "Let the recommenders score every text of a round; with reward.fit_users draw and encode them, too.")
 _stage("pair", "Make preference pairs of a round's best and worst texts.")
 _stage("align", "Align the language model on a round's pairs.")
 

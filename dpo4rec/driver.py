@@ -1,59 +1,41 @@
 """The rounds: sample, score, pair, align, refresh, evaluate. Each stage is a function from files to files of the run folder."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 
 from dpo4rec import files
 from dpo4rec.alignment.job import OnlineSettings, read_job, write_job
 from dpo4rec.alignment.tracking import check_tracking
 from dpo4rec.cluster.connect import start_ray
-from dpo4rec.cluster.pool import Units, cut, map_units
-from dpo4rec.config import FREE, Config, config_of
+from dpo4rec.cluster.units import Files
+from dpo4rec.cluster.worker import Step
+from dpo4rec.config import Config
 from dpo4rec.data.prepare import prepare
 from dpo4rec.data.sources import source_files
-from dpo4rec.files import content_hash, read_parquet, stable_seed
-from dpo4rec.knowledge.config import Decoding
-from dpo4rec.knowledge.encoders import Encoder, EncoderWorkerConfig, TfidfEncoder
-from dpo4rec.knowledge.facts import Catalogue, facts
-from dpo4rec.knowledge.form import Form, grounded_share
-from dpo4rec.knowledge.language_model import load_tokenizer
-from dpo4rec.knowledge.prompts import item_prompt_table, prompt_table
-from dpo4rec.knowledge.sampling import Sampler, SamplerConfig
+from dpo4rec.data.user_rows import UserRows
+from dpo4rec.files import ROWS_A_GROUP, batches, content_hash, read_parquet, stable_seed
+from dpo4rec.knowledge.description import with_form
 from dpo4rec.knowledge.tiny import warm_up
 from dpo4rec.preference.agreement import rank_correlation
 from dpo4rec.preference.answers import make_answers
+from dpo4rec.preference.folds import fold_table
 from dpo4rec.preference.online import OnlineRewardConfig, write_settings
 from dpo4rec.preference.pairs import make_pairs
-from dpo4rec.preference.reward import Scorer, ScorerConfig, fold_users
+from dpo4rec.preference.reward import Scorer, ScorerConfig
 from dpo4rec.recommenders.fitter import FitJob, Fitter, FitterConfig, job_unit
-from dpo4rec.run_folder import RunFolder
+from dpo4rec.stages import Announce, Report
+from dpo4rec.texts import Texts, Users, of_splits
 
-Report = dict[str, Any]
-Announce = Callable[[str, int, int, Path | None], None]
 TABLES = {"preference": "pairs.parquet"} | dict.fromkeys(("rejection_sampling", "reward_weighted", "grpo"), "answers.parquet")
 """The file of a round's `pairs` folder that each method trains on."""
 
 
-@dataclass(frozen=True)
-class Policy:
-    """A language model as files: base model (folder or hub name) and adapter folder."""
-
-    source: str
-    adapter: Path | None
-
-    @property
-    def files(self) -> list[Path]:
-        return [path for path in (Path(self.source), self.adapter) if path is not None and path.is_dir()]
-
-
-class Run:
+class Run(Texts):
     """A run of the whole method in one folder.
 
     Args:
@@ -67,9 +49,7 @@ class Run:
 
     def __init__(self, config: Config, path: Path, announce: Announce = lambda *_: None) -> None:
         check_tracking(config.tracking)
-        self.config, self.announce = config, announce
-        self.folder = RunFolder(path.resolve(), config.model_dump(mode="json"), FREE, lambda own: config_of(own).model_dump(mode="json"))
-        torch.set_num_threads(config.cluster.training_threads)
+        super().__init__(config, path, announce)
 
     def rounds(self) -> None:
         """The method: every round asks the recommender what it thinks of the language model's texts, and aligns the model to it."""
@@ -92,32 +72,10 @@ class Run:
             tiny, out = config.llm.tiny, self.folder / "language_model"
             settings = {"tiny": tiny.model_dump(), "prompt": config.prompt.model_dump(), "threads": config.cluster.training_threads}
             self.stage("warm-up", settings, [data], [out], lambda: self._warm_up(out))
-        prompts = self.folder / "prompts" / "prompts.parquet"
-        self.stage(
-            "prompts",
-            {"prompt": config.prompt.model_dump(), "llm": config.llm.name},
-            [data, *self.policy(0).files],
-            [prompts.parent],
-            lambda: self._prompts(prompts),
-        )
+        self.write_prompts(self.folds if self._draws_fitting_users else None)
         if config.prompt.item_request is not None:
-            self._write_item_texts(config.prompt.item_request)
+            self.write_item_texts(config.prompt.item_request)
         return summary
-
-    def _write_item_texts(self, request: str) -> Report:
-        """One text for each item by the untuned model: KAR's item-factual knowledge."""
-        config, out = self.config, self.folder / "item_texts"
-        sampler = self.sampler("item_texts", self.policy(0), config.sampling.decoding, 1)
-
-        def work() -> Report:
-            tokenizer = load_tokenizer(config.llm, self.policy(0).source)
-            prompts = item_prompt_table(request, read_parquet(self.folder / "data" / "items.parquet"), tokenizer)
-            self.map("item-texts", Sampler, sampler, cut(prompts, config.sampling.users_per_unit), out)
-            texts = read_parquet(out)
-            return {"texts": len(texts), "unfinished": len(texts) - pc.sum(texts["finished"].cast(pa.int64())).as_py()}
-
-        settings = {"request": request, **sampler.model_dump(exclude={"source", "adapter"}), **self.pool_settings()}
-        return self.stage("item-texts", settings, [self.folder / "data", *self.policy(0).files], [out], work)
 
     def prepare_data(self) -> Report:
         """The source's files, brought into one schema, split and cut into lists."""
@@ -126,34 +84,51 @@ class Run:
         return self.stage("prepare", config, source_files(config), [data], lambda: into(data, work))
 
     def _warm_up(self, out: Path) -> Report:
-        config = self.config
-        return warm_up(
-            config.llm.tiny,
-            config.prompt,
-            self.catalogue,
-            self._histories("train"),
-            self.profiles,
-            config.data.like_threshold,
-            config.seed,
-            out,
-        )
+        config, histories = self.config, pa.concat_tables(self.training_histories())
+        tiny, prompt, threshold = config.llm.tiny, config.prompt, config.data.like_threshold
+        return warm_up(tiny, prompt, self.catalogue, histories, self.profiles, threshold, config.seed, out)
 
-    def _prompts(self, out: Path) -> Report:
-        tokenizer = load_tokenizer(self.config.llm, self.policy(0).source)
-        table = prompt_table(
-            self.config.prompt, self.catalogue, self._users, read_parquet(self.folder / "data" / "histories.parquet"), tokenizer
-        )
-        files.write_parquet(table, out)
-        return {"prompts": len(table), "mean_prompt_tokens": round(pc.mean(pc.list_value_length(table["prompt_ids"])).as_py(), 1)}
+    @cached_property
+    def profiles(self) -> dict[str, str]:
+        users = read_parquet(self.folder / "data" / "users.parquet")
+        return dict(zip(users["user_id"].to_pylist(), users["profile"].to_pylist(), strict=True))
+
+    @cached_property
+    def folds(self) -> Path:
+        """Table of the training users' folds, and of the users on whose texts recommenders are fitted; see `fold_table`."""
+        reward, users, out = self.config.reward, self.folder / "data" / "users.parquet", self.folder / "folds.parquet"
+
+        def work() -> Report:
+            table = fold_table(read_parquet(users, ["user_id", "split"]), reward.folds, reward.fit_users, self.config.seed)
+            files.write_parquet(table, out, ROWS_A_GROUP)
+            return {"users": len(table), "fit": pc.sum(table["fits"]).as_py()}
+
+        self.stage("folds", {"folds": reward.folds, "fit_users": reward.fit_users}, [users], [out], work)
+        return out
+
+    @property
+    def _draws_fitting_users(self) -> bool:
+        return self.config.reward.fit_users is not None
 
     # -- one round --------------------------------------------------------------------------------------------------------------
 
     def sample(self, round_: int) -> Report:
-        """N texts for every training and validation user by the policy of this round, and their vectors."""
-        sampling = self.config.sampling
-        report = self.texts(f"round-{round_}", self.policy(round_), ["train", "validation"], sampling.decoding, sampling.samples)
-        self._encode(f"round-{round_}")
+        """Texts by the policy of this round, and their vectors, of all users whom recommenders are fitted on.
+
+        Those are all training and validation users; or with `reward.fit_users` some of the training users and all validation users, and
+        the other texts of the round are drawn as they are scored.
+        """
+        name, sampling = self.fitting_texts(round_), self.config.sampling
+        users: Users = ("fits", [True]) if self._draws_fitting_users else of_splits("train", "validation")
+        report = self.texts(name, self.policy(round_), users, sampling.decoding, sampling.samples)
+        if round_ == 0:
+            self.fit_encoder(name)
+        self.encode(name)
         return report
+
+    def fitting_texts(self, round_: int) -> str:
+        """Folder in the run folder of the texts by this round's policy that recommenders are fitted on."""
+        return f"round-{round_}/fit" if self._draws_fitting_users else f"round-{round_}"
 
     def fit(self, round_: int) -> Report:
         """Recommenders that know this round's texts: for every fold and seed one that has not seen the fold's users."""
@@ -164,7 +139,7 @@ class Run:
                 recommender=config.recommender,
                 seed=stable_seed(config.seed, "reward", round_, fold, seed),
                 held_out=fold,
-                texts=[str(here / "vectors")],
+                texts=[str(self.folder / self.fitting_texts(round_) / "vectors")],
             )
             for fold in range(config.reward.folds)
             for seed in range(config.reward.seeds)
@@ -172,34 +147,63 @@ class Run:
         return self.fit_all(f"round-{round_}/recommender", jobs)
 
     def score(self, round_: int) -> Report:
-        """The recommender's feedback on every text."""
-        here, scorer = self.folder / f"round-{round_}", self._scorer(round_)
-        vectors = read_parquet_units(here / "vectors")
-        units = [(name, table.filter(pc.is_in(table["user_id"], pa.array(list(self._user_folds))))) for name, table in vectors]
+        """The recommender's feedback on every text of the training users; with `reward.fit_users` the texts are drawn here, too."""
+        return self._draw_and_score(round_) if self._draws_fitting_users else self._score_texts(round_)
+
+    def _score_texts(self, round_: int) -> Report:
+        here, scorer = self.folder / f"round-{round_}", self._scoring_step(round_)
 
         def work() -> Report:
-            filled = [(name, table) for name, table in units if len(table)]
-            self.map(f"round-{round_}/score", Scorer, scorer, filled, here / "scores", self.config.sampling.skip_failed_rows)
-            scores = read_parquet(here / "scores")
-            report = {"texts": len(scores), "mean_reward": pc.mean(scores["reward"]).as_py(), **self._failures(here / "scores")}
-            truth = self.folder / "data" / "true_preferences.parquet"
-            if truth.exists():
-                report["rank_correlation_with_truth"] = rank_correlation(read_parquet(here / "samples"), scores, read_parquet(truth))
-            return report
+            self.stream(f"round-{round_}/score", [scorer], Files(here / "vectors"))
+            return {**self._judgement(here), **self.failures(here / "scores"), **self._agreement(here)}
 
         inputs = [here / "vectors", here / "recommender", self.item_vectors]
-        settings = {**self.config.reward.model_dump(mode="json"), **self._skipping}
+        settings = {**self.config.reward.model_dump(mode="json", exclude={"fit_users"}), **self.skipping}
         return self.stage(f"round-{round_}/score", settings, inputs, [here / "scores"], work)
 
-    def _scorer(self, round_: int) -> ScorerConfig:
+    def _draw_and_score(self, round_: int) -> Report:
+        """Sampling, encoding and scoring at the same time: a unit of users is scored while later ones are being sampled."""
+        name, config, policy = f"round-{round_}", self.config, self.policy(round_)
+        here, sampler = self.folder / name, self.sampler(name, policy, config.sampling.decoding, config.sampling.samples)
+        outs = [here / part for part in ("samples", "vectors", "scores")]
+        gpus = config.cluster.gpus_per_worker  # of a worker's, shared where the encoder is a model, too; re-rankers need none
+        encoding = 0 if config.encoder.kind == "tfidf" else gpus / 2
+
+        def work() -> Report:
+            texts = [self.sampling_step(sampler, here, gpus=gpus - encoding), self.encoding_step(here, gpus=encoding)]
+            self.stream(f"{name}/score", [*texts, self._scoring_step(round_, gpus=0)], self.prompt_units(of_splits("train")))
+            report = {**self.describe(here / "samples"), **self.cut_texts(name), **self._judgement(here)}
+            return {**report, **self.failures(*outs), **self._agreement(here)}
+
+        inputs = [self.prompts.parent, *policy.files, self.encoder_folder, here / "recommender", self.folds]
+        parts = {"sampler": self.sampler_key(sampler), "encoder": config.encoder.model_dump(), "reward": config.reward.model_dump()}
+        return self.stage(f"{name}/score", {**parts, **self.pool_settings(), **self.skipping}, inputs, outs, work)
+
+    def _judgement(self, here: Path) -> Report:
+        """How many texts of the round are scored, and their mean reward."""
+        texts, total = 0, 0.0
+        for part in batches(here / "scores", ["reward"], rows=2**20):  # whole files: sums of parts would round otherwise
+            texts, total = texts + len(part), total + (pc.sum(part["reward"]).as_py() or 0.0)
+        return {"texts": texts, "mean_reward": total / max(1, texts)}
+
+    def _agreement(self, here: Path) -> Report:
+        """For simulated users, how rewards follow what is known of them."""
+        truth = self.folder / "data" / "true_preferences.parquet"
+        return {"rank_correlation_with_truth": rank_correlation(_judged_texts(here, UserRows(truth)))} if truth.exists() else {}
+
+    def scorer(self, round_: int) -> ScorerConfig:
         reward, fits = self.config.reward, self.folder / f"round-{round_}" / "recommender"
         return ScorerConfig(
             reward=reward,
             data=str(self.folder / "data"),
             item_vectors=str(self.item_vectors),
             recommenders=[[str(fits / f"fold-{fold}-seed-{seed}") for seed in range(reward.seeds)] for fold in range(reward.folds)],
-            user_folds=self._user_folds,
+            folds=str(self.folds),
         )
+
+    def _scoring_step(self, round_: int, **more: Any) -> Step:
+        out, skip = self.folder / f"round-{round_}" / "scores", self.config.sampling.skip_failed_rows
+        return self.step(Scorer, self.scorer(round_), out, skip_failed=skip, **more)
 
     def pair(self, round_: int) -> Report:
         """Best and worst text of each training user, and the table of all scored texts, on which the controls train."""
@@ -207,8 +211,9 @@ class Run:
         pairs = here / "pairs" / "pairs.parquet"
 
         def work() -> Report:
-            samples = self.with_form(read_parquet(here / "samples"))
-            prompts = self._prompts_of(["train"])
+            samples = with_form(read_parquet(here / "samples"), self.form)
+            prompts = read_parquet(self.prompts)
+            prompts = prompts.filter(pc.equal(prompts["split"], "train"))
             lacking = left_out([here / "vectors"]) | files.failed(here / "scores").keys()
             prompts = prompts.filter(pc.invert(pc.is_in(prompts["user_id"], pa.array(sorted(lacking), pa.string()))))
             scores = read_parquet(here / "scores")
@@ -261,9 +266,9 @@ class Run:
         return write_job(here, config.alignment, policy.source, self._table(round_), policy.adapter, seed, threads, online=online)
 
     def _online_reward(self, round_: int) -> OnlineRewardConfig:
-        names = self._claim_names
+        names = self.claim_names
         return OnlineRewardConfig(
-            scorer=self._scorer(round_),
+            scorer=self.scorer(round_),
             encoder=self.encoder,
             format_gate=self.config.pairs.format_gate,
             names={kind: sorted(of) for kind, of in names.items()} if names is not None else None,
@@ -271,211 +276,32 @@ class Run:
 
     # -- what the rounds and the evaluation share -------------------------------------------------------------------------------
 
-    def policy(self, round_: int) -> Policy:
-        """The policy that round `round_` samples from: the base model in round 0, then what the round before has aligned."""
-        base = str(self.folder / "language_model") if self.config.llm.built_in else self.config.llm.name
-        if round_ == 0:
-            return Policy(base, None)
-        aligned = self.folder / f"round-{round_ - 1}" / "adapter"
-        return Policy(base, aligned) if self.config.alignment.weights == "lora" else Policy(str(aligned), None)
-
-    def texts(self, name: str, policy: Policy, splits: list[str], decoding: Decoding, samples: int) -> Report:
-        """Samples texts for the users of `splits` into `<name>/samples`."""
-        config, out = self.config, self.folder / name / "samples"
-        sampler, prompts = self.sampler(name, policy, decoding, samples), self._prompts_of(splits)
-
-        def work() -> Report:
-            units = cut(prompts.select(["user_id", "prompt_ids"]), config.sampling.users_per_unit)
-            self.map(f"{name}/sample", Sampler, sampler, units, out, config.sampling.skip_failed_rows)
-            return {**self.describe(read_parquet(out)), **self._failures(out)}
-
-        settings = {**sampler.model_dump(exclude={"source", "adapter"}), "splits": splits, **self.pool_settings(), **self._skipping}
-        return self.stage(f"{name}/sample", settings, [self.folder / "prompts", *policy.files], [out], work)
-
-    def sampler(self, purpose: str, policy: Policy, decoding: Decoding, samples: int) -> SamplerConfig:
-        return SamplerConfig(
-            language_model=self.config.llm,
-            source=policy.source,
-            adapter=str(policy.adapter) if policy.adapter else None,
-            decoding=decoding,
-            samples=samples,
-            engine=self.config.sampling.engine,
-            rows_at_once=self.config.sampling.rows_at_once,
-            seed=self.config.seed,
-            purpose=purpose,
-        )
-
-    def _encode(self, name: str) -> None:
-        """Vectors of the texts in `<name>/samples` into `<name>/vectors`. The first texts of a run also fit the encoder."""
-        config, out, folder = self.config, self.folder / name / "vectors", self.folder / "encoder"
-        if name == "round-0":
-            inputs = [self.folder / "data", self.folder / name / "samples", *self._item_texts]
-            self.stage("encoder", config.encoder, inputs, [folder], self._fit_encoder)
-
-        def work() -> Report:
-            units = [
-                (unit, table.select(["user_id", "sample", "text"])) for unit, table in read_parquet_units(self.folder / name / "samples")
-            ]
-            self.map(f"{name}/encode", Encoder, self.encoder, units, out, config.sampling.skip_failed_rows)
-            return {"cut_texts": pc.sum(read_parquet(out, ["cut"])["cut"]).as_py(), **self._failures(out)}
-
-        report = self.stage(
-            f"{name}/encode",
-            {**config.encoder.model_dump(), **self.pool_settings(), **self._skipping},
-            [self.folder / name / "samples", folder],
-            [out],
-            work,
-        )
-        if report["cut_texts"]:
-            self.folder.log("warning", stage=name, message=f"{report['cut_texts']} texts are longer than the encoder reads and were cut")
-
-    def encoded_texts(self, name: str, policy: Policy, splits: list[str], decoding: Decoding, samples: int) -> Report:
-        report = self.texts(name, policy, splits, decoding, samples)
-        self._encode(name)
-        return report
-
-    def _fit_encoder(self) -> Report:
-        """TF-IDF sees the items' texts and the training users' first texts; item vectors are written for every kind of encoder."""
-        folder = self.folder / "encoder"
-        items = read_parquet(self.folder / "data" / "items.parquet", ["item_id", "text"])
-        for texts in self._item_texts:
-            written = read_parquet(texts)["text"]  # in the order of the items
-            items = items.set_column(1, "text", pc.binary_join_element_wise(items["text"], written, " "))
-        if self.config.encoder.kind == "tfidf":
-            samples = read_parquet(self.folder / "round-0" / "samples")
-            of_training = samples.filter(pc.is_in(samples["user_id"], pa.array(list(self._user_folds))))
-            TfidfEncoder.fit(items["text"].to_pylist() + of_training["text"].to_pylist(), self.config.encoder.dimensions, folder)
-        encoded = Encoder(self.encoder)(items)
-        files.write_tensors({"item_vectors": files.matrix(encoded["vector"])}, self.item_vectors)
-        return {"dimensions": encoded["vector"].type.list_size, "cut_item_texts": pc.sum(encoded["cut"]).as_py()}
-
-    @property
-    def _item_texts(self) -> list[Path]:
-        """Folder of what the model wrote about the items, nothing where it was not asked."""
-        return [self.folder / "item_texts"] if self.config.prompt.item_request is not None else []
-
-    @property
-    def item_vectors(self) -> Path:
-        return self.folder / "encoder" / "item_vectors.safetensors"
-
-    @property
-    def encoder(self) -> EncoderWorkerConfig:
-        return EncoderWorkerConfig(
-            encoder=self.config.encoder, folder=str(self.folder / "encoder"), language_model=self.config.llm, source=self.policy(0).source
-        )
-
     def fit_all(self, name: str, jobs: list[FitJob]) -> Report:
         """Fits recommenders into the folder `name` of the run; its `fits` folder holds what each fit reported."""
         out = self.folder / name
-        inputs = [*sorted({Path(folder) for job in jobs for folder in job.texts}), self.folder / "data", self.item_vectors]
+        texts = sorted({Path(folder) for job in jobs for folder in job.texts})
 
         def work() -> Report:
             fitter = FitterConfig(
                 data=str(self.folder / "data"),
                 item_vectors=str(self.item_vectors),
-                user_folds=self._user_folds,
-                left_out=sorted(left_out([Path(folder) for job in jobs for folder in job.texts])),
+                folds=str(self.folds),
+                left_out=sorted(left_out(texts)),
             )
-            self.map(f"{name} (fit)", Fitter, fitter, [job_unit(Path(job.out).name, job) for job in jobs], out / "fits")
+            self.stream(f"{name} (fit)", [self.step(Fitter, fitter, out / "fits")], [job_unit(Path(job.out).name, job) for job in jobs])
             return {"fits": read_parquet(out / "fits").to_pylist()}
 
         settings = {"jobs": [job.model_dump(exclude={"out", "texts"}) for job in jobs], **self.pool_settings()}
-        return self.stage(f"{name}/fit", settings, inputs, [out], work)
-
-    def describe(self, samples: pa.Table) -> Report:
-        """How texts look: well-formed share, distinct share, mean tokens and, for the built-in model, the share of grounded claims."""
-        formed = self.with_form(samples)
-        report = {
-            "texts": len(samples),
-            "well_formed": pc.mean(pc.cast(formed["well_formed"], pa.float64())).as_py(),
-            "distinct": pc.count_distinct(samples["text"]).as_py() / len(samples),
-            "mean_tokens": pc.mean(pc.list_value_length(samples["token_ids"])).as_py(),
-        }
-        if self.config.llm.built_in:
-            pairs = zip(samples["user_id"].to_pylist(), samples["text"].to_pylist(), strict=True)
-            shares = [share for user, text in pairs if (share := grounded_share(text, self._true_claims[user])) is not None]
-            report["grounded"] = sum(shares) / max(1, len(shares))
-        return report
-
-    def with_form(self, samples: pa.Table) -> pa.Table:
-        form = Form(self._claim_names)
-        verdicts = [
-            form(text, finished) for text, finished in zip(samples["text"].to_pylist(), samples["finished"].to_pylist(), strict=True)
-        ]
-        return samples.append_column("well_formed", pa.array(verdicts, pa.bool_()))
-
-    # -- what is read once ------------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def catalogue(self) -> Catalogue:
-        items = read_parquet(self.folder / "data" / "items.parquet")
-        return Catalogue(items, self._histories("train")["item_ids"].to_pylist())
-
-    @property
-    def _claim_names(self) -> dict[str, set[str]] | None:
-        """For the built-in model, the names that well-formed texts may use."""
-        return self.catalogue.names if self.config.llm.built_in else None
-
-    @cached_property
-    def _users(self) -> pa.Table:
-        return read_parquet(self.folder / "data" / "users.parquet")
-
-    @cached_property
-    def profiles(self) -> dict[str, str]:
-        return dict(zip(self._users["user_id"].to_pylist(), self._users["profile"].to_pylist(), strict=True))
-
-    @cached_property
-    def _user_folds(self) -> dict[str, int]:
-        users = self._users.filter(pc.equal(self._users["split"], "train"))["user_id"].to_pylist()
-        return fold_users(users, self.config.reward.folds, stable_seed(self.config.seed, "folds"))
-
-    @cached_property
-    def _true_claims(self) -> dict[str, set[str]]:
-        """For each user the claims, written out, that the shown part of the history supports."""
-        size, threshold = self.config.prompt.history_items, self.config.data.like_threshold
-        rows = read_parquet(self.folder / "data" / "histories.parquet").to_pylist()
-        return {
-            row["user_id"]: set(map(str, facts(self.catalogue, row["item_ids"][-size:], row["ratings"][-size:], threshold))) for row in rows
-        }
-
-    def _histories(self, split: str) -> pa.Table:
-        histories = read_parquet(self.folder / "data" / "histories.parquet")
-        users = self._users.filter(pc.equal(self._users["split"], split))["user_id"]
-        return histories.filter(pc.is_in(histories["user_id"], users.combine_chunks()))
-
-    def _prompts_of(self, splits: list[str]) -> pa.Table:
-        prompts = read_parquet(self.folder / "prompts" / "prompts.parquet")
-        return prompts.filter(pc.is_in(prompts["split"], pa.array(splits))).combine_chunks()
-
-    def pool_settings(self) -> Report:
-        return {"threads": self.config.cluster.threads_per_worker}
-
-    @property
-    def _skipping(self) -> Report:
-        """The part of a stage's key that says users may be missing."""
-        return {"skip_failed_rows": True} if self.config.sampling.skip_failed_rows else {}
-
-    def _failures(self, out: Path) -> Report:
-        """How many users a pool has left out of its results, for a stage's report."""
-        return {"failed_users": len(files.failed(out))} if self.config.sampling.skip_failed_rows else {}
-
-    def map(self, label: str, worker: type, config: Any, units: Units, out: Path, skip_failed: bool = False) -> None:
-        def announce(done: int, of: int) -> None:
-            self.announce(label, done, of, out)
-
-        for warning in map_units(worker, config, units, out, self.config.cluster, announce, self.folder / "logs", skip_failed):
-            self.folder.log("warning", stage=label, message=warning)
-
-    def stage(self, name: str, settings: Any, inputs: list[Path], outputs: list[Path], work: Callable[[], Report]) -> Report:
-        """Runs a stage of the run folder; `settings` (a mapping or a part of the configuration) and the seed are part of its key."""
-        values = settings if isinstance(settings, dict) else settings.model_dump(mode="json")
-        self.announce(name, 0, 0, None)
-        return self.folder.stage(name, {"seed": self.config.seed, **values}, inputs, outputs, work)
+        drawn = [self.folds] if self._draws_fitting_users else []  # else all that the table says follows from the jobs and the data
+        return self.stage(f"{name}/fit", settings, [*texts, self.folder / "data", self.item_vectors, *drawn], [out], work)
 
 
-def read_parquet_units(folder: Path) -> Units:
-    """The units of a pool's output folder, by name."""
-    return [(path.stem, read_parquet(path)) for path in sorted(folder.glob("*.parquet")) if not files.is_empty(path)]
+def _judged_texts(here: Path, truth: UserRows) -> Iterator[tuple[pa.Table, pa.Table, pa.Table]]:
+    """Samples, scores and true preferences, unit by unit."""
+    for path in sorted((here / "scores").glob("*.parquet")):
+        if not files.is_empty(path):
+            scores = read_parquet(path)
+            yield read_parquet(here / "samples" / path.name), scores, truth.read(scores["user_id"].to_pylist())
 
 
 def left_out(vectors: list[Path]) -> set[str]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dpo4rec import files
-from dpo4rec.driver import Report, Run, left_out
+from dpo4rec.driver import Run, left_out
 from dpo4rec.evaluation.metrics import accuracy, per_user, ranked_labels
 from dpo4rec.evaluation.significance import paired_bootstrap
 from dpo4rec.files import stable_seed
@@ -22,6 +22,8 @@ from dpo4rec.recommenders.fitter import FitJob, user_vectors_of
 from dpo4rec.recommenders.lists import RankingData
 from dpo4rec.recommenders.model import Reranker
 from dpo4rec.recommenders.scoring import logits_of
+from dpo4rec.stages import Report
+from dpo4rec.texts import of_splits
 
 POLICIES = ("untuned", "tuned")
 SELECTION_METRIC = "ndcg@5"
@@ -104,13 +106,13 @@ class Experiment:
         return self.measure()
 
     def fit_judges(self) -> None:
-        """Each kind of recommender, once a seed, fitted on the texts of all training users: the refresh on the new policy's texts."""
+        """Each kind of recommender, once a seed, fitted as the rounds' are but on all folds: the refresh on the new policy's texts."""
         jobs = [
             FitJob(
                 out=str(self.judge(name, seed)),
                 recommender=self.config.recommender.model_copy(update={"user_signal": judge.user_signal, "item_text": judge.item_text}),
                 seed=stable_seed(self.config.seed, "judge", seed),
-                texts=[str(self.run.folder / f"round-{self.round_of(policy)}" / "vectors") for policy in judge.policies],
+                texts=[str(self.run.folder / self.run.fitting_texts(self.round_of(policy)) / "vectors") for policy in judge.policies],
             )
             for name, judge in JUDGES.items()
             for seed in range(self.config.evaluation.seeds)
@@ -125,7 +127,7 @@ class Experiment:
             for temperature in temperatures:
                 decoding = self.config.sampling.decoding.model_copy(update={"temperature": temperature})
                 name = self.texts_of(policy, split, temperature)
-                self.run.encoded_texts(name, self.run.policy(self.round_of(policy)), [split], decoding, evaluation.texts_per_user)
+                self.run.encoded_texts(name, self.run.policy(self.round_of(policy)), of_splits(split), decoding, evaluation.texts_per_user)
 
     def choose_temperatures(self) -> Report:
         """The temperature at which each policy serves its own recommender best on the validation users."""
@@ -155,10 +157,7 @@ class Experiment:
         def work() -> Report:
             values = {condition.label: self._metrics(condition, "test", None, cutoffs) for condition in CONDITIONS}
             self._write_per_user(values)
-            samples = {
-                policy: files.read_parquet(self.run.folder / self.texts_of(policy, "test", self.temperatures[policy]) / "samples")
-                for policy in POLICIES
-            }
+            texts = {policy: self.run.folder / self.texts_of(policy, "test", self.temperatures[policy]) / "samples" for policy in POLICIES}
             results = {
                 "lists_hash": files.read_json(self.run.folder / "data" / "summary.json")["lists_hash"],
                 "test_users": int((~next(iter(values.values()))[SELECTION_METRIC].isnan()).sum()),
@@ -166,7 +165,7 @@ class Experiment:
                 "temperatures": files.read_json(self.folder / "temperatures.json"),
                 "metrics": {label: {name: float(value.nanmean()) for name, value in of.items()} for label, of in values.items()},
                 "comparisons": [self._compare(values, a, b, metric) for a, b in COMPARISONS for metric in ("ndcg@5", "map@5")],
-                "texts": {policy: self.run.describe(table) for policy, table in samples.items()},
+                "texts": {policy: self.run.describe(samples) for policy, samples in texts.items()},
                 "rewards": self._reward_reports(),
             }
             files.write_json(results, out)

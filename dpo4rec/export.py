@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from dpo4rec import files
 from dpo4rec.data.new_users import read_new_users
-from dpo4rec.driver import Policy, Report, Run
+from dpo4rec.driver import Run
 from dpo4rec.experiment import Experiment
 from dpo4rec.exported_users import write_users
 from dpo4rec.files import content_hash, read_json, read_parquet, write_json
@@ -20,6 +20,8 @@ from dpo4rec.knowledge.config import Decoding
 from dpo4rec.knowledge.language_model import load_model, load_tokenizer
 from dpo4rec.knowledge.prompts import prompt_table
 from dpo4rec.recommenders.exported import write_reranker
+from dpo4rec.stages import Report
+from dpo4rec.texts import Policy
 from dpo4rec.user_table import UserTable
 
 
@@ -127,7 +129,7 @@ class Export:
         return {"parameters": model.num_parameters()}
 
     def _write_users(self, table: UserTable, new_users: Path | None) -> Report:
-        prompts = read_parquet(self.run.folder / "prompts" / "prompts.parquet", ["user_id", "prompt_ids"])
+        prompts = read_parquet(self.run.prompts, ["user_id", "prompt_ids"])
         given, left_out = self._new_prompts(new_users) if new_users else (None, {})
         return {**write_users(self.run, table, self.decoding, self._drawn(), prompts, given), **left_out}
 
@@ -141,6 +143,6 @@ class Export:
         """Folders of the run's texts by this policy at this temperature."""
         names = [self.experiment.texts_of("tuned", split, self.decoding.temperature) for split in ("test", "validation")]
         if self.config.sampling.decoding == self.decoding:
-            names.append(f"round-{self.config.rounds}")
+            names.append(self.run.fitting_texts(self.config.rounds))
         folders = [self.run.folder / name for name in names]
         return [folder for folder in folders if (folder / "samples").is_dir()]

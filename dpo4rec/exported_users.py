@@ -11,11 +11,11 @@ import pyarrow.compute as pc
 
 from dpo4rec import files
 from dpo4rec.cluster.pool import cut
-from dpo4rec.driver import Report, Run
+from dpo4rec.cluster.units import Files
+from dpo4rec.driver import Run
 from dpo4rec.files import read_parquet
 from dpo4rec.knowledge.config import Decoding
-from dpo4rec.knowledge.encoders import Encoder
-from dpo4rec.knowledge.sampling import Sampler
+from dpo4rec.stages import Report
 from dpo4rec.user_table import UserTable
 
 PURPOSE = "export"
@@ -59,9 +59,8 @@ def write_users(
 def _draw(run: Run, questions: pa.Table, decoding: Decoding, folder: Path) -> None:
     """Texts and vectors into the folder; units that an interrupted export has finished are kept."""
     sampler = run.sampler(PURPOSE, run.policy(run.config.rounds), decoding, 1)
-    run.map("export/sample", Sampler, sampler, cut(questions, run.config.sampling.users_per_unit), folder / "samples")
-    texts = [(path.stem, read_parquet(path, ["user_id", "sample", "text"])) for path in sorted((folder / "samples").glob("*.parquet"))]
-    run.map("export/encode", Encoder, run.encoder, texts, folder / "vectors")
+    run.stream("export/sample", [run.sampling_step(sampler, folder, skip_failed=False)], cut(questions, run.config.sampling.users_per_unit))
+    run.stream("export/encode", [run.encoding_step(folder, skip_failed=False)], Files(folder / "samples"))
 
 
 def _work_folder(table: UserTable, hashes: dict[str, str]) -> Path:

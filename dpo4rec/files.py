@@ -19,6 +19,9 @@ from torch import Tensor
 
 from dpo4rec.errors import InputError
 
+ROWS_A_GROUP = 4096
+"""Rows of a Parquet file that are read at once where its users are read a part at a time."""
+
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
@@ -67,9 +70,10 @@ def read_json(path: Path) -> Any:
         raise corrupted(path, error) from error
 
 
-def write_parquet(table: pa.Table, path: Path) -> None:
+def write_parquet(table: pa.Table, path: Path, rows_a_group: int | None = None) -> None:
+    """`rows_a_group`: `ROWS_A_GROUP` for a file that is read a part at a time."""
     with atomic(path) as partial:
-        pq.write_table(table, partial)
+        pq.write_table(table, partial, row_group_size=rows_a_group)
 
 
 def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
@@ -87,6 +91,24 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
         except (pa.ArrowException, OSError) as error:
             raise corrupted(part, error) from error
     return pa.concat_tables(tables) if tables else pa.table({})
+
+
+def batches(path: Path, columns: list[str] | None = None, rows: int = ROWS_A_GROUP) -> Iterator[pa.Table]:
+    """The rows of a Parquet file, or of all of a folder as `read_parquet` has them, at most `rows` at a time.
+
+    Raises `InputError` as `read_parquet`.
+    """
+    parts = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not parts or not parts[0].exists():
+        raise missing(path)
+    for part in parts:
+        if is_empty(part):
+            continue
+        try:
+            with pq.ParquetFile(part) as file:
+                yield from (pa.Table.from_batches([batch]) for batch in file.iter_batches(rows, columns=columns))
+        except (pa.ArrowException, OSError) as error:
+            raise corrupted(part, error) from error
 
 
 def is_empty(path: Path) -> bool:

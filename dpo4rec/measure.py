@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from dpo4rec import files
-from dpo4rec.driver import Report
 from dpo4rec.evaluation.beyond_accuracy import beyond_accuracy
 from dpo4rec.evaluation.metrics import accuracy, per_user
 from dpo4rec.evaluation.significance import holm, paired_bootstrap, wilcoxon
@@ -22,6 +21,7 @@ from dpo4rec.knowledge.encoders import EncoderWorkerConfig
 from dpo4rec.knowledge.user_texts import encode_texts
 from dpo4rec.ranking import DEPTH, Catalogue, Lists, Ranking
 from dpo4rec.recommend import Recommenders
+from dpo4rec.stages import Report
 
 BEYOND_CUTOFF = 10
 COMPARED = "ndcg@10"

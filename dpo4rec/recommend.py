@@ -12,7 +12,7 @@ from dpo4rec import files
 from dpo4rec.data.retrieved import CANDIDATES, prepare_retrieved, read_candidates
 from dpo4rec.data.sequences import prepare_sequences
 from dpo4rec.data.sources import source_files
-from dpo4rec.driver import Report, Run, into
+from dpo4rec.driver import Run, into
 from dpo4rec.errors import InputError
 from dpo4rec.files import stable_seed
 from dpo4rec.fits import FitFolder, FitOptions, Protocol
@@ -22,6 +22,7 @@ from dpo4rec.ranking import candidates_of
 from dpo4rec.recommenders.fitter import FitJob, Fitter, FitterConfig, job_unit
 from dpo4rec.recommenders.sequential_fitter import SequentialFitter, SequentialFitterConfig, SequentialJob
 from dpo4rec.settings import Settings
+from dpo4rec.stages import Report
 
 
 class Recommenders:
@@ -48,7 +49,8 @@ class Recommenders:
         worker, config, jobs = self._jobs(fit, data, out)
 
         def work() -> Report:
-            self.run.map(f"{options.name} (fit)", worker, config, [job_unit(Path(job.out).name, job) for job in jobs], out / "fits")
+            units = [job_unit(Path(job.out).name, job) for job in jobs]
+            self.run.stream(f"{options.name} (fit)", [self.run.step(worker, config, out / "fits")], units)
             return {"fits": files.read_parquet(out / "fits").to_pylist()}
 
         settings = {**options.model_dump(mode="json"), "seeds": len(jobs), **self.run.pool_settings()}

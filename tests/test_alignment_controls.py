@@ -335,7 +335,7 @@ def test_a_text_out_of_form_is_rewarded_below_all_others_of_its_user(grpo_run: P
     values = read_json(grpo_run / "round-0" / "reward.json")
     write_json(values | {"format_gate": True, "names": {"liked_genre": ["Drama", "Comedy"]}}, settings)
     reward = OnlineReward.read(settings)
-    user, other = list(values["scorer"]["user_folds"])[:2]
+    user, other = [row["user_id"] for row in read_parquet(grpo_run / "folds.parquet").to_pylist() if row["fold"] >= 0][:2]
     texts = ["Enjoys Drama.", "Enjoys Comedy.", "Enjoys", "Enjoys Drama.", "nothing"]
     first, second, unfinished, alone, none = reward([user, user, user, other, other], texts, [True, True, False, True, True])
     assert unfinished == pytest.approx(min(first, second) - abs(first - second), abs=1e-6)

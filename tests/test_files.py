@@ -2,12 +2,15 @@ import errno
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from dpo4rec import files
+from dpo4rec.data.user_rows import UserRows
 from dpo4rec.errors import InputError
-from dpo4rec.files import atomic, content_hash, read_json, read_tensors, stable_seed, write_json, write_tensors
+from dpo4rec.files import atomic, batches, content_hash, read_json, read_tensors, stable_seed, write_json, write_tensors
 
 
 def test_a_file_is_whole_or_as_before(tmp_path: Path) -> None:
@@ -71,3 +74,37 @@ def test_seeds_are_stable_and_parts_do_not_run_together() -> None:
     assert stable_seed("a", "bc") != stable_seed("ab", "c")
     assert 0 <= stable_seed("x") < 2**63
     assert json.dumps(files.stable_seed(1))
+
+
+@pytest.mark.parametrize("statistics", [True, False])
+@pytest.mark.parametrize("order", [range(50), [(7 * place) % 50 for place in range(50)]], ids=["by user", "mixed"])
+def test_rows_of_some_users_are_those_of_the_whole_table(order: list[int], statistics: bool, tmp_path: Path) -> None:
+    table = pa.table({"number": list(order), "user_id": [f"u{place:02d}" for place in order]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=8, write_statistics=statistics)
+    rows = UserRows(tmp_path / "a.parquet")
+    for wanted in ([], ["u07"], ["u49", "u00", "u00", "nobody"], ["u15", "u16", "u17"]):
+        expected = [row for row in table.to_pylist() if row["user_id"] in wanted]
+        assert rows.read(wanted).to_pylist() == expected
+        assert rows.read(wanted, ["user_id"]).to_pylist() == [{"user_id": row["user_id"]} for row in expected]
+
+
+def test_only_the_row_groups_that_may_hold_the_users_are_read(tmp_path: Path) -> None:
+    table = pa.table({"user_id": [f"u{place:02d}" for place in range(48)]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=8, compression="none", use_dictionary=False)
+    rows, content = UserRows(tmp_path / "a.parquet"), bytearray((tmp_path / "a.parquet").read_bytes())
+    start = content.index(b"u17")  # in the third group
+    content[start - 30 : start + 20] = bytes(50)
+    (tmp_path / "a.parquet").write_bytes(content)
+    assert rows.read(["u04", "u30"])["user_id"].to_pylist() == ["u04", "u30"]
+    with pytest.raises(InputError, match=r"a.parquet: the file is damaged"):
+        rows.read(["u16"])
+
+
+def test_a_file_and_a_folder_are_read_in_parts(tmp_path: Path) -> None:
+    table = pa.table({"a": range(10), "b": range(10)})
+    pq.write_table(table.slice(0, 6), tmp_path / "1.parquet")
+    pq.write_table(pa.table({}), tmp_path / "2.parquet")
+    pq.write_table(table.slice(6), tmp_path / "3.parquet")
+    assert [part["a"].to_pylist() for part in batches(tmp_path, ["a"], 4)] == [[0, 1, 2, 3], [4, 5], [6, 7, 8, 9]]
+    with pytest.raises(InputError, match="no such file"):
+        list(batches(tmp_path / "nowhere"))

@@ -3,17 +3,19 @@
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dpo4rec import driver
+from dpo4rec import texts
 from dpo4rec.cluster import pool
 from dpo4rec.cluster.config import ClusterConfig
 from dpo4rec.cluster.pool import Step, cut, map_units, stream_units
@@ -22,9 +24,12 @@ from dpo4rec.config import resolve
 from dpo4rec.driver import Run
 from dpo4rec.errors import InputError
 from dpo4rec.experiment import Experiment
-from dpo4rec.files import content_hash, failed, read_parquet
+from dpo4rec.files import content_hash, failed, matrix, read_parquet, stable_seed, write_parquet
 from dpo4rec.knowledge.sampling import Sampler, SamplerConfig
+from dpo4rec.preference.reward import Scorer
+from dpo4rec.recommenders.fitter import FitJob, Fitter, FitterConfig, job_unit
 from dpo4rec.settings import Settings
+from dpo4rec.stages import Announce
 
 HERE, RAY = ClusterConfig(kind="debug"), ClusterConfig(kind="ray", workers=2)
 
@@ -232,7 +237,7 @@ def test_a_run_goes_on_without_failing_users_and_counts_them(micro: Path, tmp_pa
     run = Run(resolve("quickstart", micro, ["sampling.skip_failed_rows=true"]), tmp_path)
     run.prepare()
     users = {row["split"]: row["user_id"] for row in read_parquet(tmp_path / "data" / "users.parquet").to_pylist()}
-    monkeypatch.setattr(driver, "Sampler", FussySampler)
+    monkeypatch.setattr(texts, "Sampler", FussySampler)
     monkeypatch.setattr(FussySampler, "fails_on", set(users.values()))  # one of each split
     run.rounds()
     results = Experiment(run).evaluate()
@@ -246,6 +251,121 @@ def test_a_run_goes_on_without_failing_users_and_counts_them(micro: Path, tmp_pa
     per_user = read_parquet(tmp_path / "evaluation" / "per_user.parquet").to_pandas()
     assert users["test"] not in set(per_user.user_id)
     assert per_user.groupby("condition").size().unique().tolist() == [results["test_users"]]  # the same users in every condition
+
+
+# -- a round whose texts are scored as they are drawn ---------------------------------------------------------------------------
+
+
+def drawing(micro_run: Path, micro: Path, folder: Path, announce: Announce = lambda *_: None) -> Run:
+    """The micro run with the same data and language model, recommenders fitted on the texts of 30 of its 60 training users."""
+    shutil.copytree(micro_run, folder, ignore=shutil.ignore_patterns("config.yaml", "round-*", "evaluation", "encoder"))
+    return Run(resolve("quickstart", micro, ["reward.fit_users=30"]), folder, announce)
+
+
+@pytest.fixture(scope="module")
+def drawn(micro_run: Path, micro: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Such a run in this process, finished; read-only."""
+    run = drawing(micro_run, micro, tmp_path_factory.mktemp("drawn") / "run")
+    run.rounds()
+    Experiment(run).evaluate()
+    run.folder.release()
+    return run.folder.path
+
+
+def users_of(folder: Path) -> set[str]:
+    return set(read_parquet(folder, ["user_id"])["user_id"].to_pylist())
+
+
+def folds_of(run: Path) -> dict[str, int]:
+    return {row["user_id"]: row["fold"] for row in read_parquet(run / "folds.parquet").to_pylist() if row["fold"] >= 0}
+
+
+def test_recommenders_are_fitted_on_the_texts_of_some_users_and_score_all(drawn: Path) -> None:
+    splits = {row["user_id"]: row["split"] for row in read_parquet(drawn / "data" / "users.parquet").to_pylist()}
+    validation, training = ({user for user, of in splits.items() if of == split} for split in ("validation", "train"))
+    for round_ in ("round-0", "round-1"):  # the last for the evaluation's recommenders
+        assert validation < users_of(drawn / round_ / "fit" / "vectors")
+        assert len(users_of(drawn / round_ / "fit" / "vectors") & training) == 30
+    for part in ("samples", "vectors", "scores"):
+        assert users_of(drawn / "round-0" / part) == training
+    assert users_of(drawn / "round-0" / "pairs" / "answers.parquet") == training
+    assert not (drawn / "round-1" / "samples").exists()
+    results = json.loads((drawn / "evaluation" / "results.json").read_text())
+    assert results["rewards"][0]["texts"] == 3 * len(training)
+    assert "tuned text" in results["metrics"]
+
+
+def refitted(run: Run, changed: Callable[[str], bool], folder: Path) -> Path:
+    """The first recommender of the run's round 0, fitted again when the vectors of some users' texts are others."""
+    texts = read_parquet(run.folder / "round-0" / "fit" / "vectors")
+    vectors, noise = matrix(texts["vector"]).numpy(), np.random.default_rng(0)
+    rows = [changed(user) for user in texts["user_id"].to_pylist()]
+    vectors[rows] = noise.random((sum(rows), vectors.shape[1]), np.float32)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
+    write_parquet(texts.set_column(texts.column_names.index("vector"), "vector", column), folder / "vectors" / "unit-00000.parquet")
+    seed = stable_seed(run.config.seed, "reward", 0, 0, 0)
+    of_texts = {"seed": seed, "held_out": 0, "texts": [str(folder / "vectors")]}
+    job = FitJob(out=str(folder / "model"), recommender=run.config.recommender, **of_texts)
+    fitter = FitterConfig(data=str(run.folder / "data"), item_vectors=str(run.item_vectors), folds=str(run.folds))
+    Fitter(fitter)(job_unit("one", job)[1])
+    return folder / "model"
+
+
+def test_nobody_is_judged_by_a_recommender_that_was_fitted_on_his_texts(drawn: Path, tmp_path: Path) -> None:
+    run, folds = Run(resolve(None, drawn / "config.yaml", []), drawn), folds_of(drawn)
+    scorer, fitted = run.scorer(0), drawn / "round-0" / "recommender" / "fold-0-seed-0"
+    without = refitted(run, lambda user: folds.get(user) == 0, tmp_path / "without")
+    other = refitted(run, lambda user: folds.get(user) == 1, tmp_path / "other")
+    run.folder.release()
+    assert content_hash(without) == content_hash(fitted) != content_hash(other)  # the texts of fold 0 have not been read
+    again = Scorer(scorer.model_copy(update={"recommenders": [scorer.recommenders[0], [str(other)]]}))
+    scores, changed = read_parquet(drawn / "round-0" / "scores"), again(read_parquet(drawn / "round-0" / "vectors"))
+    same = dict(zip(scores["user_id"].to_pylist(), np.isclose(scores["reward"], changed["reward"], atol=1e-6).tolist(), strict=True))
+    assert same == {user: fold == 0 for user, fold in folds.items()}  # fold 0 is judged by its own recommender alone
+
+
+def test_a_run_that_is_stopped_while_texts_are_scored_ends_the_same(drawn: Path, micro_run: Path, micro: Path, tmp_path: Path) -> None:
+    def stop(stage: str, done: int, *_: object) -> None:
+        if stage == "round-0/score" and done == 2:
+            raise KeyboardInterrupt
+
+    run = drawing(micro_run, micro, tmp_path / "run", stop)
+    run.prepare()
+    run.sample(0)
+    run.fit(0)
+    with pytest.raises(KeyboardInterrupt):
+        run.score(0)
+    run.folder.release()
+    here = tmp_path / "run" / "round-0"
+    for part in ("samples", "vectors", "scores"):
+        assert [file.name for file in sorted((here / part).iterdir())] == ["unit-00000.parquet", "unit-00001.parquet"]
+    (here / "vectors" / "unit-00001.parquet").unlink()
+    run = Run(resolve(None, tmp_path / "run" / "config.yaml", []), tmp_path / "run")
+    run.score(0)
+    run.folder.release()
+    for part in ("fit", "samples", "vectors", "scores", "recommender/fold-0-seed-0", "recommender/fold-1-seed-0"):
+        assert content_hash(here / part) == content_hash(drawn / "round-0" / part), part
+    stages = [json.loads((folder / "manifest.json").read_text())["stages"] for folder in (tmp_path / "run", drawn)]
+    assert stages[0]["round-0/score"]["report"] == stages[1]["round-0/score"]["report"]
+
+
+def test_more_fitting_users_than_there_are_is_an_input_error(micro_run: Path, micro: Path, tmp_path: Path) -> None:
+    shutil.copytree(micro_run / "data", tmp_path / "data")
+    run = Run(resolve("quickstart", micro, ["reward.fit_users=60"]), tmp_path)
+    with pytest.raises(InputError, match=r"reward.fit_users: it is 60, and there are 60 training users"):
+        run.prepare()
+    run.folder.release()
+
+
+class PatientSampler(Sampler):
+    """Draws the last unit's texts when the first unit's are scored."""
+
+    last, scores = "", Path()
+
+    def __call__(self, unit: pa.Table) -> pa.Table:
+        if self.last in unit["user_id"].to_pylist():
+            wait_for(self.scores)
+        return super().__call__(unit)
 
 
 # -- on Ray ---------------------------------------------------------------------------------------------------------------------
@@ -272,6 +392,26 @@ def test_steps_on_ray_work_at_the_same_time_and_give_the_same_bytes(local_ray: N
     assert content_hash(tmp_path / "run") == content_hash(undisturbed)
     names = {file.name for file in (tmp_path / "logs").iterdir()}
     assert {"writer-0.log", "counter-0.log"} <= names <= {f"{role}-{rank}.log" for role in ("writer", "counter") for rank in (0, 1)}
+
+
+def test_texts_are_scored_on_ray_while_others_are_sampled(
+    local_ray: None, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(drawn, folder)
+    here = folder / "round-0"
+    for part in ("samples", "vectors", "scores"):
+        shutil.rmtree(here / part)
+    monkeypatch.setattr(PatientSampler, "last", max(users_of(drawn / "round-0" / "samples")))
+    monkeypatch.setattr(PatientSampler, "scores", here / "scores" / "unit-00000.parquet")
+    monkeypatch.setattr(texts, "Sampler", PatientSampler)
+    run = Run(resolve(None, folder / "config.yaml", ["cluster.kind=ray"]), folder)
+    run.score(0)
+    run.folder.release()
+    for part in ("samples", "vectors", "scores"):
+        assert content_hash(here / part) == content_hash(drawn / "round-0" / part), part
+    scored, sampled = lines(folder / "logs", "scorer", "unit-00000 done"), lines(folder / "logs", "patientsampler", " done")
+    assert scored[0] < sampled[-1]
 
 
 def test_a_worker_killed_in_the_middle_of_a_unit_loses_nothing(local_ray: None, undisturbed: Path, tmp_path: Path) -> None:

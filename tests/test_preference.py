@@ -5,8 +5,9 @@ import torch
 
 from dpo4rec.preference.agreement import agreement, rank_correlation
 from dpo4rec.preference.config import PairConfig
+from dpo4rec.preference.folds import fold_users
 from dpo4rec.preference.pairs import PAIRS, make_pairs
-from dpo4rec.preference.reward import fold_users, standardise
+from dpo4rec.preference.reward import standardise
 
 PROMPTS = pa.table({"user_id": ["u", "v"], "prompt": ["pu", "pv"], "prompt_ids": [[1, 2], [3]]})
 
@@ -73,10 +74,9 @@ def test_standardised_rewards_have_mean_0_and_deviation_1_within_a_user() -> Non
 
 
 def test_folds_are_even_and_depend_on_the_seed_alone() -> None:
-    users = [f"u{i}" for i in range(11)]
-    folds = fold_users(users, 2, seed=3)
-    assert sorted(np.bincount(list(folds.values()))) == [5, 6]
-    assert folds == fold_users(users, 2, seed=3) != fold_users(users, 2, seed=4)
+    folds = fold_users(11, 2, seed=3)
+    assert sorted(np.bincount(folds)) == [5, 6]
+    assert folds.tolist() == fold_users(11, 2, seed=3).tolist() != fold_users(11, 2, seed=4).tolist()
 
 
 def test_rewards_that_follow_the_truth_correlate_with_it() -> None:
@@ -86,5 +86,5 @@ def test_rewards_that_follow_the_truth_correlate_with_it() -> None:
     users = ("u", "v")
     truth = pa.Table.from_pylist([{"user_id": u, "kind": k, "name": n, "weight": w} for u in users for (k, n), w in preferences.items()])
     samples = texts([(u, s, t, True) for u in users for s, t in enumerate(["Enjoys Horror.", "Enjoys Comedy.", "Avoids Horror."])])
-    follow = rank_correlation(samples, scores([(u, s, s - 1.0) for u in users for s in range(3)]), truth)
+    follow = rank_correlation([(samples, scores([(u, s, s - 1.0) for u in users for s in range(3)]), truth)])
     assert follow == {"mean": pytest.approx(1.0), "standard_error": 0.0, "users": 2}

@@ -21,7 +21,7 @@ from dpo4rec.evaluation.metrics import ndcg, per_user
 from dpo4rec.files import read_parquet, write_parquet
 from dpo4rec.recommenders.config import RecommenderConfig
 from dpo4rec.recommenders.fit import FitReport, fit
-from dpo4rec.recommenders.lists import RankingData
+from dpo4rec.recommenders.lists import RankingData, RankingFiles
 from dpo4rec.recommenders.model import Reranker
 from dpo4rec.recommenders.scoring import logits_of
 
@@ -78,6 +78,22 @@ def test_splits_and_lists_of_users(data: RankingData) -> None:
     lists = data.lists_of(data.users_of("test"))
     assert data.users_of("test")[data.list_users[lists]].all()
     assert len(lists) == 6 * data.users_of("test").sum()
+
+
+def test_data_of_some_users_are_theirs_of_the_whole(data: RankingData, folder: Path) -> None:
+    chosen = ["u130", "u3", "u4", "u90"]
+    some = RankingFiles(folder).read(chosen)
+    assert some.user_ids == ["u3", "u4", "u90", "u130"]  # as in the file
+    rows = torch.tensor([data.user_ids.index(user) for user in some.user_ids])
+    for name in ("user_splits", "histories", "history_ratings"):
+        torch.testing.assert_close(getattr(some, name), getattr(data, name)[rows], rtol=0, atol=0)
+    lists = torch.isin(data.list_users, rows).nonzero().squeeze(1)
+    assert rows[some.list_users].tolist() == data.list_users[lists].tolist()
+    assert torch.equal(some.candidates, data.candidates[lists])
+    assert torch.equal(some.labels, data.labels[lists])
+    bare = RankingFiles(folder, histories=False).read(chosen)
+    assert bare.histories.shape == (4, 0)
+    assert torch.equal(bare.candidates, some.candidates)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from trl import DPOConfig, DPOTrainer
 from typer.testing import CliRunner
 
 from benchmarks.interruptions import command, draw_moments, fingerprint, kill_and_continue
+from benchmarks.obvious_script import difference
 from dpo4rec.cli import app
 from dpo4rec.config import resolve
 from dpo4rec.driver import Run
@@ -49,6 +50,19 @@ def test_pairs_hold_what_was_sampled(micro_run: Path) -> None:
             key = pair["user_id"], pair[f"{side}_sample"]
             assert pair[f"{side}_ids"] == samples[key]["token_ids"]
             assert pair[f"reward_{side}"] == pytest.approx(rewards[key])
+
+
+def test_scores_are_those_of_one_text_at_a_time(micro_run: Path) -> None:
+    assert difference(resolve(None, micro_run / "config.yaml", []), micro_run, users=60) < 1e-5
+
+
+def test_texts_are_described_by_what_their_files_hold(micro_run: Path, micro: Path) -> None:
+    samples = pq.read_table(micro_run / "round-0" / "samples").to_pandas()
+    report = json.loads((micro_run / "manifest.json").read_text())["stages"]["round-0/sample"]["report"]
+    assert report["texts"] == len(samples)
+    assert report["distinct"] == samples.text.nunique() / len(samples)
+    assert report["mean_tokens"] == samples.token_ids.map(len).mean()
+    assert {"well_formed", "grounded", "texts", "distinct", "mean_tokens"} == report.keys()
 
 
 def test_running_again_skips_everything(micro_run: Path, micro: Path) -> None:

@@ -127,7 +127,7 @@ def _on_ray(chain: list[dict[str, Any]], waiting: list[int], cluster: ClusterCon
     blocks = min(len(waiting), BLOCKS_PER_WORKER * max(step.workers for step in steps))
     # what the cluster cannot give in whole CPUs is shared: the reservation decides on places, `threads` on speed
     cpus = min(1.0, math.floor(100 * (ray.cluster_resources()["CPU"] - 1) / sum(step.workers for step in steps)) / 100)
-    memory = cluster.memory_per_worker_gib * GIB
+    memory = cluster.memory_per_worker_gib * GIB / len(steps)  # a worker's, for one actor of each step
     rows = [{"unit": number, "failure": "", "warning": ""} for number in waiting]
     stream: ray.data.Dataset = ray.data.from_items(rows, override_num_blocks=blocks)
     for step, arguments in zip(steps, chain, strict=True):

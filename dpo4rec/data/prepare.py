@@ -12,7 +12,7 @@ from dpo4rec.data.schema import Tables, codes_of
 from dpo4rec.data.sources import read_source
 from dpo4rec.data.splits import SPLITS, Log, sample_users, split_users
 from dpo4rec.errors import InputError
-from dpo4rec.files import write_json, write_parquet
+from dpo4rec.files import ROWS_A_GROUP, write_json, write_parquet
 
 
 def prepare(config: DataConfig, seed: int, out: Path) -> dict[str, Any]:
@@ -34,12 +34,12 @@ def prepare(config: DataConfig, seed: int, out: Path) -> dict[str, Any]:
 
     write_parquet(_interactions(log), out / "interactions.parquet")
     write_parquet(tables.items, out / "items.parquet")
-    write_parquet(users, out / "users.parquet")
-    write_parquet(_histories(log, history), out / "histories.parquet")
-    write_parquet(lists, out / "lists.parquet")
+    write_parquet(users, out / "users.parquet", ROWS_A_GROUP)
+    write_parquet(_histories(log, history), out / "histories.parquet", ROWS_A_GROUP)
+    write_parquet(lists, out / "lists.parquet", ROWS_A_GROUP)
     if tables.preferences is not None:
         kept = codes_of(tables.preferences["user_id"], log.users) >= 0
-        write_parquet(tables.preferences.filter(pa.array(kept)), out / "true_preferences.parquet")
+        write_parquet(tables.preferences.filter(pa.array(kept)), out / "true_preferences.parquet", ROWS_A_GROUP)
     summary = {
         "source": config.source,
         "users": {name: int((splits == code).sum()) for code, name in enumerate(SPLITS)},

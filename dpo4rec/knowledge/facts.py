@@ -25,13 +25,18 @@ class Catalogue:
     """Items by id, the names that claims may use, and how common each genre and era is in the training users' histories."""
 
     def __init__(self, items: pa.Table, histories: Iterable[list[str]]) -> None:
+        """`histories` are gone through once."""
         self.items = {
             row["item_id"]: Item(clean(row["title"]), tuple(row["genres"]), era(row["year"]) if row["year"] else None, tuple(row["people"]))
             for row in items.to_pylist()
         }
-        seen = [self.items[item_id] for history in histories for item_id in history]
-        self.genre_share = _shares((genre for item in seen for genre in item.genres), len(seen))
-        self.era_share = _shares((item.era for item in seen if item.era), len(seen))
+        seen = Counter(item_id for history in histories for item_id in history)
+        genre_counts, era_counts = Counter[str](), Counter[str]()
+        for item_id, count in seen.items():
+            item = self.items[item_id]
+            genre_counts.update({genre: count * times for genre, times in Counter(item.genres).items()})
+            era_counts.update({item.era: count} if item.era else {})
+        self.genre_share, self.era_share = _shares(genre_counts, seen.total()), _shares(era_counts, seen.total())
         everything = self.items.values()
         genres = {genre for item in everything for genre in item.genres}
         self.names: dict[str, set[str]] = {
@@ -74,8 +79,8 @@ def facts(catalogue: Catalogue, item_ids: list[str], ratings: list[float], like_
     return claims + [Claim("title", title) for title in list(titles)[:5]]
 
 
-def _shares(names: Iterable[str], items: int) -> dict[str, float]:
-    return {name: count / items for name, count in sorted(Counter(names).items())}
+def _shares(counts: Counter[str], items: int) -> dict[str, float]:
+    return {name: count / items for name, count in sorted(counts.items())}
 
 
 def _z_scores(counts: Counter[str], shares: dict[str, float], items: int) -> dict[str, float]:

@@ -6,6 +6,8 @@ from transformers import PreTrainedTokenizerBase
 from dpo4rec.knowledge.config import PromptConfig
 from dpo4rec.knowledge.facts import Catalogue, Item, clean
 
+PROMPTS = pa.schema([("user_id", pa.string()), ("split", pa.string()), ("prompt", pa.string()), ("prompt_ids", pa.list_(pa.int32()))])
+
 
 def compose(config: PromptConfig, catalogue: Catalogue, profile: str, item_ids: list[str], ratings: list[float]) -> str:
     """The prompt's text, for instance:
@@ -30,30 +32,28 @@ def describe(item: Item, rating: float) -> str:
     return f"- rated {rating:g}: {item.title}{',' if attributes else ''} {attributes}{people}".rstrip()
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[str, list[int]]:
-    """The prompt as the model gets it (in its chat frame where the tokenizer has one) and its token ids."""
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> tuple[list[str], list[list[int]]]:
+    """The prompts as the model gets them (in its chat frame where the tokenizer has one) and their token ids."""
     if tokenizer.chat_template:
-        prompt = str(tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True))
-        return prompt, tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    return prompt, tokenizer(prompt)["input_ids"]
+        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        prompts = [str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)) for turn in turns]
+        return prompts, tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    return prompts, tokenizer(prompts)["input_ids"]
 
 
 def item_prompt_table(request: str, items: pa.Table, tokenizer: PreTrainedTokenizerBase) -> pa.Table:
     """Columns user_id (the item's id: the sampler's key) and prompt_ids; one row an item. `request` holds {title}."""
     titles = [clean(title) for title in items["title"].to_pylist()]
-    ids = [encode_prompt(tokenizer, request.replace("{title}", title))[1] for title in titles]
+    _, ids = encode_prompts(tokenizer, [request.replace("{title}", title) for title in titles])
     return pa.table({"user_id": items["item_id"], "prompt_ids": pa.array(ids, pa.list_(pa.int32()))})
 
 
 def prompt_table(
     config: PromptConfig, catalogue: Catalogue, users: pa.Table, histories: pa.Table, tokenizer: PreTrainedTokenizerBase
 ) -> pa.Table:
-    """Columns user_id, split, prompt, prompt_ids; one row a user in the order of `users`."""
+    """Columns `PROMPTS`; one row a user in the order of `users`, of each of whom `histories` has a row."""
     by_user = {row["user_id"]: row for row in histories.to_pylist()}
-    rows = []
-    for user in users.to_pylist():
-        history = by_user[user["user_id"]]
-        prompt, ids = encode_prompt(tokenizer, compose(config, catalogue, user["profile"], history["item_ids"], history["ratings"]))
-        rows.append({"user_id": user["user_id"], "split": user["split"], "prompt": prompt, "prompt_ids": ids})
-    schema = pa.schema([("user_id", pa.string()), ("split", pa.string()), ("prompt", pa.string()), ("prompt_ids", pa.list_(pa.int32()))])
-    return pa.Table.from_pylist(rows, schema=schema)
+    rows = [user | by_user[user["user_id"]] for user in users.to_pylist()]
+    texts = [compose(config, catalogue, row["profile"], row["item_ids"], row["ratings"]) for row in rows]
+    prompts, ids = encode_prompts(tokenizer, texts) if texts else ([], [])
+    return pa.table([users["user_id"], users["split"], prompts, ids], schema=PROMPTS)

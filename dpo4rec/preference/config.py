@@ -17,6 +17,9 @@ class RewardConfig(Settings):
     """Training users are cut into so many folds; a user is scored by recommenders that were trained without the user's fold."""
     seeds: PositiveInt = 2
     """Recommenders a fold, over which standardised rewards are averaged."""
+    fit_users: PositiveInt | None = None
+    """Training users on whose texts the reward's recommenders are fitted, drawn by the seed [all]. With a number sampling, encoding and
+    scoring of the round's texts run at the same time, and the memory they take does not grow with the users."""
 
     @model_validator(mode="after")
     def _k_belongs(self) -> "RewardConfig":

@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from dpo4rec import files
-from dpo4rec.files import read_json, read_parquet, write_json, write_parquet
-from dpo4rec.recommenders.lists import RankingData, rating_scale
+from dpo4rec.files import read_json, write_json, write_parquet
+from dpo4rec.recommenders.lists import RankingData, RankingFiles
 from dpo4rec.recommenders.model import Reranker
 from dpo4rec.recommenders.served import Inputs, ServedReranker, check_program, write_program
 
@@ -35,9 +34,10 @@ def write_reranker(fitted: Path, data_folder: Path, item_vectors: Path, out: Pat
     Raises:
         RuntimeError: the difference is above `TOLERANCE`.
     """
-    data, model = RankingData.load(data_folder), Reranker.load(fitted)
+    source, model = RankingFiles(data_folder), Reranker.load(fitted)
+    data = source.read()
     model.bind(data, files.read_tensors(item_vectors)["item_vectors"] if model.config.item_text else None)
-    mean, deviation = rating_scale(_training_ratings(data_folder))
+    mean, deviation = source.rating_scale
     served = ServedReranker(model, mean, deviation).eval()
     users = data.list_users[:CHECKED]
     example = _example(model, data, users, mean, deviation)
@@ -50,14 +50,6 @@ def write_reranker(fitted: Path, data_folder: Path, item_vectors: Path, out: Pat
     write_json({**read_json(fitted / "recommender.json"), "inputs": inputs, "longest_list": served.longest}, out / "recommender.json")
     write_parquet(pa.table({"item_id": data.item_ids, "code": list(range(1, len(data.item_ids) + 1))}), out / "items.parquet")
     return {"fitted": fitted.name, "largest_difference": worst}
-
-
-def _training_ratings(data_folder: Path) -> Tensor:
-    """Of the training users' histories."""
-    users, histories = read_parquet(data_folder / "users.parquet"), read_parquet(data_folder / "histories.parquet")
-    training = users.filter(pc.equal(users["split"], "train"))["user_id"].combine_chunks()
-    ratings = histories.filter(pc.is_in(histories["user_id"], training))["ratings"]
-    return torch.tensor(pc.list_flatten(ratings).to_numpy(), dtype=torch.float32)
 
 
 def _example(model: Reranker, data: RankingData, users: Tensor, mean: Tensor, deviation: Tensor) -> Inputs:

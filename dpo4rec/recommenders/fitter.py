@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from dpo4rec import files
+from dpo4rec.data.schema import codes_of
 from dpo4rec.recommenders.config import RecommenderConfig
 from dpo4rec.recommenders.fit import fit
-from dpo4rec.recommenders.lists import RankingData
+from dpo4rec.recommenders.lists import RankingFiles
 from dpo4rec.settings import Settings
 
 
@@ -28,14 +29,15 @@ class FitJob(Settings):
 
 
 class FitterConfig(Settings):
-    """What all jobs share: the data folder, the item vectors (None: no job reads item text), the training users' folds.
+    """What all jobs share: the data folder, the item vectors (None: no job reads item text), and the table of folds.
 
-    Users in `left_out` have no texts, since sampling or encoding failed on them: they take no part.
+    Of that table (user_id, fold, fits) come the folds that jobs hold out, and whose data are read at all; None: no job holds out any, and
+    all data are read. Users in `left_out` have no texts, since sampling or encoding failed on them: they take no part.
     """
 
     data: str
     item_vectors: str | None
-    user_folds: dict[str, int] = {}
+    folds: str | None = None
     left_out: list[str] = []
 
 
@@ -48,7 +50,12 @@ class Fitter:
 
     def __init__(self, config: FitterConfig) -> None:
         self.config = config
-        self.data = RankingData.load(Path(config.data)).without(set(config.left_out))
+        table = files.read_parquet(Path(config.folds)) if config.folds else pa.table({})
+        users = table.filter(table["fits"])["user_id"].to_pylist() if config.folds else None
+        self.data = RankingFiles(Path(config.data)).read(users).without(set(config.left_out))
+        self.folds = torch.full((len(self.data.user_ids),), -1)
+        if config.folds:
+            self.folds = torch.from_numpy(table["fold"].to_numpy()[codes_of(pa.array(self.data.user_ids), table["user_id"])])
         self.item_vectors = files.read_tensors(Path(config.item_vectors))["item_vectors"] if config.item_vectors else None
 
     def __call__(self, unit: pa.Table) -> pa.Table:
@@ -57,10 +64,9 @@ class Fitter:
     def _fit(self, job: FitJob) -> dict[str, str | int | float]:
         recommender = job.recommender
         user_vectors = user_vectors_of([Path(folder) for folder in job.texts], self.data.user_ids) if recommender.reads_user_text else None
-        folds = torch.tensor([self.config.user_folds.get(user, -1) for user in self.data.user_ids])
         train = self.data.users_of("train")
         if job.held_out is not None:
-            train = train & (folds != job.held_out)
+            train = train & (self.folds != job.held_out)
         item_vectors = self.item_vectors if recommender.item_text else None
         model, report = fit(recommender, self.data, item_vectors, user_vectors, train, self.data.users_of("validation"), job.seed)
         with files.atomic(Path(job.out)) as partial:

@@ -116,6 +116,10 @@ class Reranker(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
         return self
 
+    def turn_to(self, data: RankingData) -> None:
+        """Attaches histories of other users of the data that it is bound to."""
+        self.histories, self.ratings = data.histories, data.history_ratings
+
     def forward(self, candidates: Tensor, users: Tensor, user_vectors: Tensor | None) -> Tensor:
         """Logits [B, K] that each candidate is a positive.
 

@@ -66,7 +66,7 @@ class Dropout(nn.Module):
             return inputs
         words = torch.empty(-(-inputs.numel() // 8), dtype=torch.int64, device=inputs.device).random_(-(2**63), None)
         kept = words.view(torch.uint8)[: inputs.numel()].view(inputs.shape) >= self.dropped
-        return inputs * kept.to(inputs.dtype).mul_(256 / (256 - self.dropped))  # two factors of one type: a Boolean one takes ten times as long
+        return inputs * kept.to(inputs.dtype).mul_(256 / (256 - self.dropped))  # a Boolean factor would take ten times as long
 
 
 class Block(nn.Module):

@@ -1,0 +1,239 @@
+"""Texts about users: their prompts, the policies that answer them, and the vectors of the answers."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from operator import methodcaller
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from dpo4rec import files
+from dpo4rec.cluster.pool import Step, cut
+from dpo4rec.cluster.units import Files, Rows
+from dpo4rec.data.user_rows import UserRows, of_split
+from dpo4rec.files import batches, read_parquet
+from dpo4rec.knowledge.config import Decoding
+from dpo4rec.knowledge.description import TrueClaims, describe
+from dpo4rec.knowledge.encoders import Encoder, EncoderWorkerConfig, TfidfEncoder
+from dpo4rec.knowledge.facts import Catalogue
+from dpo4rec.knowledge.form import Form
+from dpo4rec.knowledge.language_model import load_tokenizer
+from dpo4rec.knowledge.prompts import item_prompt_table, prompt_table
+from dpo4rec.knowledge.sampling import Sampler, SamplerConfig
+from dpo4rec.stages import Report, Stages
+
+Users = tuple[str, list[Any]]
+"""Of the users in the table of prompts: a column, and its values that are meant."""
+
+
+def of_splits(*splits: str) -> Users:
+    return "split", list(splits)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A language model as files: base model (folder or hub name) and adapter folder."""
+
+    source: str
+    adapter: Path | None
+
+    @property
+    def files(self) -> list[Path]:
+        return [path for path in (Path(self.source), self.adapter) if path is not None and path.is_dir()]
+
+
+class Texts(Stages):
+    """The stages that make texts. A folder of texts holds `samples` and, once they are encoded, `vectors`."""
+
+    def policy(self, round_: int) -> Policy:
+        """The policy that round `round_` samples from: the base model in round 0, then what the round before has aligned."""
+        base = str(self.folder / "language_model") if self.config.llm.built_in else self.config.llm.name
+        if round_ == 0:
+            return Policy(base, None)
+        aligned = self.folder / f"round-{round_ - 1}" / "adapter"
+        return Policy(base, aligned) if self.config.alignment.weights == "lora" else Policy(str(aligned), None)
+
+    # -- prompts ----------------------------------------------------------------------------------------------------------------
+
+    @property
+    def prompts(self) -> Path:
+        return self.folder / "prompts" / "prompts.parquet"
+
+    def write_prompts(self, chosen: Path | None) -> Report:
+        """Every user's prompt, written part by part; with the column `fits` of the table `chosen` beside it."""
+        settings = {"prompt": self.config.prompt.model_dump(), "llm": self.config.llm.name}
+        inputs = [self.folder / "data", *self.policy(0).files, *([chosen] if chosen else [])]
+
+        def work() -> Report:
+            count = tokens = 0
+            with files.atomic(self.prompts) as partial:
+                writer = None
+                for table in self._prompt_tables(UserRows(chosen) if chosen else None):
+                    writer = writer or pq.ParquetWriter(partial, table.schema)
+                    writer.write_table(table)
+                    count, tokens = count + len(table), tokens + pc.sum(pc.list_value_length(table["prompt_ids"])).as_py()
+                assert writer is not None  # prepared data have users
+                writer.close()
+            return {"prompts": count, "mean_prompt_tokens": round(tokens / count, 1)}
+
+        return self.stage("prompts", settings, inputs, [self.prompts.parent], work)
+
+    def _prompt_tables(self, chosen: UserRows | None) -> Iterator[pa.Table]:
+        data, histories = self.folder / "data", UserRows(self.folder / "data" / "histories.parquet")
+        tokenizer = load_tokenizer(self.config.llm, self.policy(0).source)
+        for users in batches(data / "users.parquet"):
+            ids = users["user_id"].to_pylist()
+            table = prompt_table(self.config.prompt, self.catalogue, users, histories.read(ids), tokenizer)
+            yield table.append_column("fits", chosen.read(ids)["fits"]) if chosen else table
+
+    # -- sampling ---------------------------------------------------------------------------------------------------------------
+
+    def texts(self, name: str, policy: Policy, users: Users, decoding: Decoding, samples: int) -> Report:
+        """Samples texts for these users into `<name>/samples`."""
+        out, sampler = self.folder / name, self.sampler(name, policy, decoding, samples)
+
+        def work() -> Report:
+            self.stream(f"{name}/sample", [self.sampling_step(sampler, out)], self.prompt_units(users))
+            return {**self.describe(out / "samples"), **self.failures(out / "samples")}
+
+        settings = {**self.sampler_key(sampler), "splits": users[1], **self.pool_settings(), **self.skipping}
+        return self.stage(f"{name}/sample", settings, [self.prompts.parent, *policy.files], [out / "samples"], work)
+
+    def encoded_texts(self, name: str, policy: Policy, users: Users, decoding: Decoding, samples: int) -> Report:
+        report = self.texts(name, policy, users, decoding, samples)
+        self.encode(name)
+        return report
+
+    def prompt_units(self, users: Users) -> Rows:
+        return Rows(self.prompts, self.config.sampling.users_per_unit, ["user_id", "prompt_ids"], users)
+
+    def sampling_step(self, sampler: SamplerConfig, folder: Path, **more: Any) -> Step:
+        return self.step(Sampler, sampler, folder / "samples", **{"skip_failed": self.config.sampling.skip_failed_rows} | more)
+
+    def sampler(self, purpose: str, policy: Policy, decoding: Decoding, samples: int) -> SamplerConfig:
+        return SamplerConfig(
+            language_model=self.config.llm,
+            source=policy.source,
+            adapter=str(policy.adapter) if policy.adapter else None,
+            decoding=decoding,
+            samples=samples,
+            engine=self.config.sampling.engine,
+            rows_at_once=self.config.sampling.rows_at_once,
+            seed=self.config.seed,
+            purpose=purpose,
+        )
+
+    def sampler_key(self, sampler: SamplerConfig) -> Report:
+        """The part of a stage's key that says how texts are drawn; the policy's files are among its inputs."""
+        return sampler.model_dump(exclude={"source", "adapter"})
+
+    def write_item_texts(self, request: str) -> Report:
+        """One text for each item by the untuned model: KAR's item-factual knowledge."""
+        config, out = self.config, self.folder / "item_texts"
+        sampler = self.sampler("item_texts", self.policy(0), config.sampling.decoding, 1)
+
+        def work() -> Report:
+            tokenizer = load_tokenizer(config.llm, self.policy(0).source)
+            prompts = item_prompt_table(request, read_parquet(self.folder / "data" / "items.parquet"), tokenizer)
+            self.stream("item-texts", [self.step(Sampler, sampler, out)], cut(prompts, config.sampling.users_per_unit))
+            texts = read_parquet(out)
+            return {"texts": len(texts), "unfinished": len(texts) - pc.sum(texts["finished"].cast(pa.int64())).as_py()}
+
+        settings = {"request": request, **self.sampler_key(sampler), **self.pool_settings()}
+        return self.stage("item-texts", settings, [self.folder / "data", *self.policy(0).files], [out], work)
+
+    # -- encoding ---------------------------------------------------------------------------------------------------------------
+
+    def encode(self, name: str) -> Report:
+        """Vectors of the texts in `<name>/samples` into `<name>/vectors`."""
+        out = self.folder / name
+
+        def work() -> Report:
+            self.stream(f"{name}/encode", [self.encoding_step(out)], Files(out / "samples"))
+            return {**self.cut_texts(name), **self.failures(out / "vectors")}
+
+        settings = {**self.config.encoder.model_dump(), **self.pool_settings(), **self.skipping}
+        return self.stage(f"{name}/encode", settings, [out / "samples", self.encoder_folder], [out / "vectors"], work)
+
+    def encoding_step(self, folder: Path, **more: Any) -> Step:
+        """Reads what the sampling step has written."""
+        usual = {"skip_failed": self.config.sampling.skip_failed_rows, "take": methodcaller("select", ["user_id", "sample", "text"])}
+        return self.step(Encoder, self.encoder, folder / "vectors", **usual | more)
+
+    def cut_texts(self, name: str) -> Report:
+        """How many texts are longer than the encoder reads, for a stage's report; where there are any, the log has a warning."""
+        count = sum(pc.sum(part["cut"]).as_py() for part in batches(self.folder / name / "vectors", ["cut"]))
+        if count:
+            self.folder.log("warning", stage=name, message=f"{count} texts are longer than the encoder reads and were cut")
+        return {"cut_texts": count}
+
+    def fit_encoder(self, name: str) -> Report:
+        """TF-IDF sees the items' texts and the training users' texts in `<name>`; item vectors are written for every kind of encoder."""
+        samples, item_texts = self.folder / name / "samples", [self.folder / "item_texts"] if self.config.prompt.item_request else []
+
+        def work() -> Report:
+            items = read_parquet(self.folder / "data" / "items.parquet", ["item_id", "text"])
+            for texts in item_texts:
+                written = read_parquet(texts)["text"]  # in the order of the items
+                items = items.set_column(1, "text", pc.binary_join_element_wise(items["text"], written, " "))
+            if self.config.encoder.kind == "tfidf":
+                learned = items["text"].to_pylist() + self._training_texts(samples)
+                TfidfEncoder.fit(learned, self.config.encoder.dimensions, self.encoder_folder)
+            encoded = Encoder(self.encoder)(items)
+            files.write_tensors({"item_vectors": files.matrix(encoded["vector"])}, self.item_vectors)
+            return {"dimensions": encoded["vector"].type.list_size, "cut_item_texts": pc.sum(encoded["cut"]).as_py()}
+
+        return self.stage("encoder", self.config.encoder, [self.folder / "data", samples, *item_texts], [self.encoder_folder], work)
+
+    def _training_texts(self, samples: Path) -> list[str]:
+        users, found = UserRows(self.folder / "data" / "users.parquet"), []
+        for part in batches(samples, ["user_id", "text"]):
+            found += of_split(part, users, "train")["text"].to_pylist()
+        return found
+
+    @property
+    def encoder_folder(self) -> Path:
+        return self.folder / "encoder"
+
+    @property
+    def item_vectors(self) -> Path:
+        return self.encoder_folder / "item_vectors.safetensors"
+
+    @property
+    def encoder(self) -> EncoderWorkerConfig:
+        return EncoderWorkerConfig(
+            encoder=self.config.encoder, folder=str(self.encoder_folder), language_model=self.config.llm, source=self.policy(0).source
+        )
+
+    # -- what texts say ---------------------------------------------------------------------------------------------------------
+
+    def describe(self, samples: Path) -> Report:
+        """How the texts of a folder look; for the built-in model also the share of grounded claims."""
+        prompt, threshold = self.config.prompt, self.config.data.like_threshold
+        histories = self.folder / "data" / "histories.parquet"
+        truth = TrueClaims(self.catalogue, histories, prompt.history_items, threshold) if self.config.llm.built_in else None
+        return describe(samples, self.form, truth)
+
+    @property
+    def claim_names(self) -> dict[str, set[str]] | None:
+        """For the built-in model, the names that well-formed texts may use."""
+        return self.catalogue.names if self.config.llm.built_in else None
+
+    @property
+    def form(self) -> Form:
+        return Form(self.claim_names)
+
+    @cached_property
+    def catalogue(self) -> Catalogue:
+        items = read_parquet(self.folder / "data" / "items.parquet")
+        return Catalogue(items, (history for part in self.training_histories() for history in part["item_ids"].to_pylist()))
+
+    def training_histories(self) -> Iterator[pa.Table]:
+        """Part by part."""
+        users = UserRows(self.folder / "data" / "users.parquet")
+        for part in batches(self.folder / "data" / "histories.parquet"):
+            yield of_split(part, users, "train")
