@@ -164,12 +164,13 @@ def living(logs: Path, role: str) -> list[int]:
 
 
 def disturbed(place: Place, kills: int, clock: random.Random) -> list[dict[str, Any]]:
-    """One run under up to `kills` faults. Returns them, each with its second."""
+    """One run under up to `kills` faults, each kind as often as the others. Returns them, each with its second."""
     begun, faults = time.monotonic(), []
+    kinds = [kind for _ in range(kills) for kind in clock.sample(place.kinds, len(place.kinds))]
     try:
         place.start()
-        while len(faults) < kills and not place.ends_within(clock.uniform(1, 9)):
-            kind = clock.choice(place.kinds)
+        while len(faults) < kills and not place.ends_within(clock.uniform(1, 12)):
+            kind = kinds[len(faults)]
             if place.kill(kind, clock):
                 faults.append({"kind": kind, "second": round(time.monotonic() - begun, 1)})
         if not place.ends_within(LONGEST_RUN_SECONDS) or place.driver.returncode:
