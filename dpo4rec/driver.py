@@ -1,7 +1,6 @@
 """The rounds: sample, score, pair, align, refresh, evaluate. Each stage is a function from files to files of the run folder."""
 
-from collections.abc import Callable, Iterator
-from functools import cached_property, partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,11 @@ from dpo4rec.cluster.connect import start_ray
 from dpo4rec.cluster.units import Files
 from dpo4rec.cluster.worker import Step
 from dpo4rec.config import Config
-from dpo4rec.data.prepare import prepare
-from dpo4rec.data.sources import source_files
 from dpo4rec.data.user_rows import UserRows
-from dpo4rec.files import ROWS_A_GROUP, batches, content_hash, read_parquet, stable_seed
+from dpo4rec.files import batches, content_hash, read_parquet, stable_seed
 from dpo4rec.knowledge.description import with_form
-from dpo4rec.knowledge.tiny import warm_up
 from dpo4rec.preference.agreement import rank_correlation
 from dpo4rec.preference.answers import make_answers
-from dpo4rec.preference.folds import fold_table
 from dpo4rec.preference.online import OnlineRewardConfig, write_settings
 from dpo4rec.preference.pairs import make_pairs
 from dpo4rec.preference.reward import Scorer, ScorerConfig
@@ -66,49 +61,14 @@ class Run(Texts):
 
     def prepare(self) -> Report:
         """Data and lists, the language model, every user's prompt."""
-        config, data = self.config, self.folder / "data"
         summary = self.prepare_data()
-        if config.llm.built_in:
-            tiny, out = config.llm.tiny, self.folder / "language_model"
-            settings = {"tiny": tiny.model_dump(), "prompt": config.prompt.model_dump(), "threads": config.cluster.training_threads}
-            self.stage("warm-up", settings, [data], [out], lambda: self._warm_up(out))
-        self.write_prompts(self.folds if self._draws_fitting_users else None)
-        if config.prompt.item_request is not None:
-            self.write_item_texts(config.prompt.item_request)
+        _ = self.folds  # here, so that a wrong reward.fit_users is said before anything that takes long
+        if self.config.llm.built_in:
+            self.warm_up()
+        self.write_prompts()
+        if self.config.prompt.item_request is not None:
+            self.write_item_texts(self.config.prompt.item_request)
         return summary
-
-    def prepare_data(self) -> Report:
-        """The source's files, brought into one schema, split and cut into lists."""
-        config, data = self.config.data, self.folder / "data"
-        work = partial(prepare, config, self.config.seed)
-        return self.stage("prepare", config, source_files(config), [data], lambda: into(data, work))
-
-    def _warm_up(self, out: Path) -> Report:
-        config, histories = self.config, pa.concat_tables(self.training_histories())
-        tiny, prompt, threshold = config.llm.tiny, config.prompt, config.data.like_threshold
-        return warm_up(tiny, prompt, self.catalogue, histories, self.profiles, threshold, config.seed, out)
-
-    @cached_property
-    def profiles(self) -> dict[str, str]:
-        users = read_parquet(self.folder / "data" / "users.parquet")
-        return dict(zip(users["user_id"].to_pylist(), users["profile"].to_pylist(), strict=True))
-
-    @cached_property
-    def folds(self) -> Path:
-        """Table of the training users' folds, and of the users on whose texts recommenders are fitted; see `fold_table`."""
-        reward, users, out = self.config.reward, self.folder / "data" / "users.parquet", self.folder / "folds.parquet"
-
-        def work() -> Report:
-            table = fold_table(read_parquet(users, ["user_id", "split"]), reward.folds, reward.fit_users, self.config.seed)
-            files.write_parquet(table, out, ROWS_A_GROUP)
-            return {"users": len(table), "fit": pc.sum(table["fits"]).as_py()}
-
-        self.stage("folds", {"folds": reward.folds, "fit_users": reward.fit_users}, [users], [out], work)
-        return out
-
-    @property
-    def _draws_fitting_users(self) -> bool:
-        return self.config.reward.fit_users is not None
 
     # -- one round --------------------------------------------------------------------------------------------------------------
 
@@ -119,7 +79,7 @@ class Run(Texts):
         the other texts of the round are drawn as they are scored.
         """
         name, sampling = self.fitting_texts(round_), self.config.sampling
-        users: Users = ("fits", [True]) if self._draws_fitting_users else of_splits("train", "validation")
+        users: Users = ("fits", [True]) if self.draws_fitting_users else of_splits("train", "validation")
         report = self.texts(name, self.policy(round_), users, sampling.decoding, sampling.samples)
         if round_ == 0:
             self.fit_encoder(name)
@@ -128,7 +88,7 @@ class Run(Texts):
 
     def fitting_texts(self, round_: int) -> str:
         """Folder in the run folder of the texts by this round's policy that recommenders are fitted on."""
-        return f"round-{round_}/fit" if self._draws_fitting_users else f"round-{round_}"
+        return f"round-{round_}/fit" if self.draws_fitting_users else f"round-{round_}"
 
     def fit(self, round_: int) -> Report:
         """Recommenders that know this round's texts: for every fold and seed one that has not seen the fold's users."""
@@ -148,7 +108,7 @@ class Run(Texts):
 
     def score(self, round_: int) -> Report:
         """The recommender's feedback on every text of the training users; with `reward.fit_users` the texts are drawn here, too."""
-        return self._draw_and_score(round_) if self._draws_fitting_users else self._score_texts(round_)
+        return self._draw_and_score(round_) if self.draws_fitting_users else self._score_texts(round_)
 
     def _score_texts(self, round_: int) -> Report:
         here, scorer = self.folder / f"round-{round_}", self._scoring_step(round_)
@@ -292,7 +252,7 @@ class Run(Texts):
             return {"fits": read_parquet(out / "fits").to_pylist()}
 
         settings = {"jobs": [job.model_dump(exclude={"out", "texts"}) for job in jobs], **self.pool_settings()}
-        drawn = [self.folds] if self._draws_fitting_users else []  # else all that the table says follows from the jobs and the data
+        drawn = [self.folds] if self.draws_fitting_users else []  # else all that the table says follows from the jobs and the data
         return self.stage(f"{name}/fit", settings, [*texts, self.folder / "data", self.item_vectors, *drawn], [out], work)
 
 
@@ -313,9 +273,3 @@ def aligned_with(round_folder: Path) -> str | None:
     """Hash of the pairs that the round's adapter was aligned on; None without an adapter."""
     summary = round_folder / "adapter" / "summary.json"
     return files.read_json(summary)["pairs_hash"] if summary.exists() else None
-
-
-def into(folder: Path, work: Callable[[Path], Report]) -> Report:
-    with files.atomic(folder) as partial:
-        partial.mkdir()
-        return work(partial)

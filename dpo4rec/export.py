@@ -19,9 +19,9 @@ from dpo4rec.files import content_hash, read_json, read_parquet, write_json
 from dpo4rec.knowledge.config import Decoding
 from dpo4rec.knowledge.language_model import load_model, load_tokenizer
 from dpo4rec.knowledge.prompts import prompt_table
+from dpo4rec.prepared import Policy
 from dpo4rec.recommenders.exported import write_reranker
 from dpo4rec.stages import Report
-from dpo4rec.texts import Policy
 from dpo4rec.user_table import UserTable
 
 

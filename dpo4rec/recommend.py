@@ -12,12 +12,13 @@ from dpo4rec import files
 from dpo4rec.data.retrieved import CANDIDATES, prepare_retrieved, read_candidates
 from dpo4rec.data.sequences import prepare_sequences
 from dpo4rec.data.sources import source_files
-from dpo4rec.driver import Run, into
+from dpo4rec.driver import Run
 from dpo4rec.errors import InputError
 from dpo4rec.files import stable_seed
 from dpo4rec.fits import FitFolder, FitOptions, Protocol
 from dpo4rec.knowledge.encoders import EncoderWorkerConfig
 from dpo4rec.knowledge.user_texts import encode_texts, read_user_texts
+from dpo4rec.prepared import into
 from dpo4rec.ranking import candidates_of
 from dpo4rec.recommenders.fitter import FitJob, Fitter, FitterConfig, job_unit
 from dpo4rec.recommenders.sequential_fitter import SequentialFitter, SequentialFitterConfig, SequentialJob

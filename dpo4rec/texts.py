@@ -1,15 +1,11 @@
-"""Texts about users: their prompts, the policies that answer them, and the vectors of the answers."""
+"""Texts by a policy: sampled, encoded, described."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from dpo4rec import files
 from dpo4rec.cluster.pool import Step, cut
@@ -19,12 +15,12 @@ from dpo4rec.files import batches, read_parquet
 from dpo4rec.knowledge.config import Decoding
 from dpo4rec.knowledge.description import TrueClaims, describe
 from dpo4rec.knowledge.encoders import Encoder, EncoderWorkerConfig, TfidfEncoder
-from dpo4rec.knowledge.facts import Catalogue
 from dpo4rec.knowledge.form import Form
 from dpo4rec.knowledge.language_model import load_tokenizer
-from dpo4rec.knowledge.prompts import item_prompt_table, prompt_table
+from dpo4rec.knowledge.prompts import item_prompt_table
 from dpo4rec.knowledge.sampling import Sampler, SamplerConfig
-from dpo4rec.stages import Report, Stages
+from dpo4rec.prepared import Policy, Prepared
+from dpo4rec.stages import Report
 
 Users = tuple[str, list[Any]]
 """Of the users in the table of prompts: a column, and its values that are meant."""
@@ -34,61 +30,8 @@ def of_splits(*splits: str) -> Users:
     return "split", list(splits)
 
 
-@dataclass(frozen=True)
-class Policy:
-    """A language model as files: base model (folder or hub name) and adapter folder."""
-
-    source: str
-    adapter: Path | None
-
-    @property
-    def files(self) -> list[Path]:
-        return [path for path in (Path(self.source), self.adapter) if path is not None and path.is_dir()]
-
-
-class Texts(Stages):
+class Texts(Prepared):
     """The stages that make texts. A folder of texts holds `samples` and, once they are encoded, `vectors`."""
-
-    def policy(self, round_: int) -> Policy:
-        """The policy that round `round_` samples from: the base model in round 0, then what the round before has aligned."""
-        base = str(self.folder / "language_model") if self.config.llm.built_in else self.config.llm.name
-        if round_ == 0:
-            return Policy(base, None)
-        aligned = self.folder / f"round-{round_ - 1}" / "adapter"
-        return Policy(base, aligned) if self.config.alignment.weights == "lora" else Policy(str(aligned), None)
-
-    # -- prompts ----------------------------------------------------------------------------------------------------------------
-
-    @property
-    def prompts(self) -> Path:
-        return self.folder / "prompts" / "prompts.parquet"
-
-    def write_prompts(self, chosen: Path | None) -> Report:
-        """Every user's prompt, written part by part; with the column `fits` of the table `chosen` beside it."""
-        settings = {"prompt": self.config.prompt.model_dump(), "llm": self.config.llm.name}
-        inputs = [self.folder / "data", *self.policy(0).files, *([chosen] if chosen else [])]
-
-        def work() -> Report:
-            count = tokens = 0
-            with files.atomic(self.prompts) as partial:
-                writer = None
-                for table in self._prompt_tables(UserRows(chosen) if chosen else None):
-                    writer = writer or pq.ParquetWriter(partial, table.schema)
-                    writer.write_table(table)
-                    count, tokens = count + len(table), tokens + pc.sum(pc.list_value_length(table["prompt_ids"])).as_py()
-                assert writer is not None  # prepared data have users
-                writer.close()
-            return {"prompts": count, "mean_prompt_tokens": round(tokens / count, 1)}
-
-        return self.stage("prompts", settings, inputs, [self.prompts.parent], work)
-
-    def _prompt_tables(self, chosen: UserRows | None) -> Iterator[pa.Table]:
-        data, histories = self.folder / "data", UserRows(self.folder / "data" / "histories.parquet")
-        tokenizer = load_tokenizer(self.config.llm, self.policy(0).source)
-        for users in batches(data / "users.parquet"):
-            ids = users["user_id"].to_pylist()
-            table = prompt_table(self.config.prompt, self.catalogue, users, histories.read(ids), tokenizer)
-            yield table.append_column("fits", chosen.read(ids)["fits"]) if chosen else table
 
     # -- sampling ---------------------------------------------------------------------------------------------------------------
 
@@ -226,14 +169,3 @@ class Texts(Stages):
     @property
     def form(self) -> Form:
         return Form(self.claim_names)
-
-    @cached_property
-    def catalogue(self) -> Catalogue:
-        items = read_parquet(self.folder / "data" / "items.parquet")
-        return Catalogue(items, (history for part in self.training_histories() for history in part["item_ids"].to_pylist()))
-
-    def training_histories(self) -> Iterator[pa.Table]:
-        """Part by part."""
-        users = UserRows(self.folder / "data" / "users.parquet")
-        for part in batches(self.folder / "data" / "histories.parquet"):
-            yield of_split(part, users, "train")

@@ -398,7 +398,7 @@ def test_texts_are_scored_on_ray_while_others_are_sampled(
     local_ray: None, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "run"
-    shutil.copytree(drawn, folder)
+    shutil.copytree(drawn, folder, ignore=shutil.ignore_patterns("logs"))
     here = folder / "round-0"
     for part in ("samples", "vectors", "scores"):
         shutil.rmtree(here / part)

@@ -21,6 +21,6 @@ class ClusterConfig(Settings):
     gpus_per_worker: NonNegativeFloat = 0
     """GPUs of each actor. Above 0, each process of the alignment has one GPU, too; at 0 it has one where the cluster has enough."""
     memory_per_worker_gib: Annotated[float, Field(ge=0)] = 0
-    """Memory that Ray reserves for each actor; 0 reserves none."""
+    """Memory that Ray reserves for each worker, or for the actors of all steps that work at the same time; 0 reserves none."""
     wait_timeout_seconds: NonNegativeFloat = 600
     """How long a job waits for a cluster that is still too small, for instance because its nodes are starting."""
