@@ -42,7 +42,7 @@ class Stages:
     def step(self, worker: type, config: Settings, out: Path, **more: Any) -> Step:
         """A pool as the configuration has it; `more` are fields of `Step`."""
         cluster = self.config.cluster
-        usual = {"workers": cluster.workers, "gpus": cluster.gpus_per_worker, "name": worker.__name__.lower()}
+        usual: dict[str, Any] = {"workers": cluster.workers, "gpus": cluster.gpus_per_worker, "name": worker.__name__.lower()}
         return Step(worker, config, out, **usual | more)
 
     def stream(self, label: str, steps: list[Step], units: Source | Units) -> None:
