@@ -318,6 +318,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
 
 
+@pytest.mark.slow
 def test_lists_of_a_hundred_stay_under_four_gib(tmp_path: Path) -> None:
     write_data(tmp_path, users=61, items=120, lists_per_user=6, list_length=100, ranked=True)  # one batch of 252 training lists
     done = subprocess.run([sys.executable, "-c", HUNDRED, str(tmp_path)], capture_output=True, text=True)

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+from ray.exceptions import RayActorError
+from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
 
 from dpo4rec.alignment.config import Tracking
@@ -39,12 +40,24 @@ def align_on_ray(job: Path, workers: int, cpus_per_worker: float = 1, retries: i
         run_config=RunConfig(name="alignment", storage_path=str(storage), failure_config=FailureConfig(max_failures=retries)),
     )
     try:
-        trainer.fit()
+        _fit(trainer, storage, retries)
     except WorkerGroupError as error:
         causes = [getattr(failure, "_base_exc", failure) for failure in error.worker_failures.values()]  # Ray wraps them
         raise next((cause for cause in causes if isinstance(cause, InputError)), RuntimeError(str(error))) from error
     finally:
         remove(storage)
+
+
+def _fit(trainer: TorchTrainer, storage: Path, retries: int) -> None:
+    """Starts again, too, when Ray Train looks at a worker while it takes down the group of a lost one: it calls that a fault of its own."""
+    for attempt in range(retries + 1):
+        try:
+            trainer.fit()
+            return
+        except ControllerError as error:
+            if attempt == retries or not isinstance(error.controller_failure, RayActorError):
+                raise RuntimeError(str(error)) from error
+            remove(storage)
 
 
 def scaling(workers: int, cpus_per_worker: float = 1) -> ScalingConfig:
