@@ -18,7 +18,7 @@ from dpo4rec.recommenders import losses
 from dpo4rec.recommenders.fit_sequential import SequentialFit
 from dpo4rec.recommenders.retrieval import hits_of, retrieve
 from dpo4rec.recommenders.sequences import SequenceData
-from dpo4rec.recommenders.sequential import SequentialConfig, SequentialRecommender
+from dpo4rec.recommenders.sequential import Dropout, SequentialConfig, SequentialRecommender
 
 ITEMS = 30
 QUICK = {"embedding_dim": 32, "epochs": 15, "patience": 15, "dropout": 0.0, "learning_rate": 1e-2, "tokens_per_step": 150}
@@ -248,3 +248,17 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match="nobody has a validation and a test"):
         prepare_sequences(config, SequenceConfig(), 0, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("probability", "dropped"), [(0.0, 0.0), (0.001, 1 / 256), (0.3, 77 / 256), (0.9999, 255 / 256)])
+def test_dropout_drops_its_share_at_every_place_and_keeps_the_mean(probability: float, dropped: float) -> None:
+    torch.manual_seed(0)
+    dropout, ones = Dropout(probability), torch.ones(4096, 131, requires_grad=True)  # not a multiple of the eight bytes of a number
+    found = dropout(ones)
+    found.sum().backward()
+    assert ones.grad is not None
+    assert torch.equal(ones.grad, found)  # what is dropped learns nothing, what is kept is scaled alike
+    assert found.unique().tolist() == pytest.approx([1.0] if not dropped else [0.0, 1 / (1 - dropped)])
+    for place in range(8):
+        assert float((found.flatten()[place::8] == 0).float().mean()) == pytest.approx(dropped, abs=0.01)
+    assert torch.equal(dropout.eval()(ones), ones)
