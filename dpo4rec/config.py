@@ -56,6 +56,9 @@ class EvaluationConfig(Settings):
     temperatures: list[float] = Field(default=[0.5, 0.7, 1.0], min_length=1)
     """Each policy is measured at that of these which is best for it on the validation users."""
     texts_per_user: PositiveInt = 4
+    best_of: int | None = Field(default=None, ge=2)
+    """Measure also what choosing among so many untuned texts by the reward gives [no]: each user's text is chosen on half of the user's
+    lists and measured on the other half."""
     seeds: PositiveInt = 5
     """Recommenders a condition; metrics are averaged over them."""
     bootstrap_samples: PositiveInt = 10_000
@@ -121,6 +124,10 @@ class Config(Settings):
         if self.llm.quantization != self.alignment.quantization:
             raise ValueError("llm.quantization and alignment.quantization must be the same: texts come from the model that is trained")
         return self
+
+    @property
+    def data_seed(self) -> int:
+        return self.seed if self.data.split_seed is None else self.data.split_seed
 
 
 def presets() -> list[str]:

@@ -4,6 +4,7 @@ Validation users choose the temperature of each policy; test users are read once
 Metrics are averaged over recommender seeds, texts and lists of a user, then over users.
 """
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from dpo4rec.driver import Run, left_out
 from dpo4rec.evaluation.metrics import accuracy, per_user, ranked_labels
 from dpo4rec.evaluation.significance import paired_bootstrap
 from dpo4rec.files import stable_seed
+from dpo4rec.preference.best_of import best_by_other_half
 from dpo4rec.recommenders.fitter import FitJob, user_vectors_of
 from dpo4rec.recommenders.lists import RankingData
 from dpo4rec.recommenders.model import Reranker
@@ -37,6 +39,11 @@ class Judge:
     user_signal: str
     item_text: bool
     policies: tuple[str, ...] = ()
+
+    @property
+    def group(self) -> str:
+        """What it was fitted for: to judge the last policy, or what was there before."""
+        return "tuned" if "tuned" in self.policies else "untuned"
 
 
 JUDGES = {
@@ -76,6 +83,9 @@ CONDITIONS = [
     Condition("history + tuned text", "history-tuned", "tuned"),
 ]
 
+BEST_OF = "best of the untuned texts"
+"""Label of what `evaluation.best_of` adds to the conditions."""
+
 COMPARISONS = [
     ("tuned text", "untuned text"),
     ("tuned text, shared recommender", "untuned text, shared recommender"),
@@ -106,18 +116,23 @@ class Experiment:
         return self.measure()
 
     def fit_judges(self) -> None:
-        """Each kind of recommender, once a seed, fitted as the rounds' are but on all folds: the refresh on the new policy's texts."""
-        jobs = [
-            FitJob(
-                out=str(self.judge(name, seed)),
-                recommender=self.config.recommender.model_copy(update={"user_signal": judge.user_signal, "item_text": judge.item_text}),
-                seed=stable_seed(self.config.seed, "judge", seed),
-                texts=[str(self.run.folder / self.run.fitting_texts(self.round_of(policy)) / "vectors") for policy in judge.policies],
-            )
-            for name, judge in JUDGES.items()
-            for seed in range(self.config.evaluation.seeds)
-        ]
-        self.run.fit_all("evaluation/judges", jobs)
+        """Each kind of recommender, once a seed, fitted as the rounds' are but on all folds: the refresh on the new policy's texts.
+
+        Those that know nothing of the last policy are a stage of their own, so that runs which differ in alignment alone can share them.
+        """
+        for group in ("untuned", "tuned"):
+            jobs = [
+                FitJob(
+                    out=str(self.judge(name, seed)),
+                    recommender=self.config.recommender.model_copy(update={"user_signal": judge.user_signal, "item_text": judge.item_text}),
+                    seed=stable_seed(self.config.seed, "judge", seed),
+                    texts=[str(self.run.folder / self.run.fitting_texts(self.round_of(policy)) / "vectors") for policy in judge.policies],
+                )
+                for name, judge in JUDGES.items()
+                if judge.group == group
+                for seed in range(self.config.evaluation.seeds)
+            ]
+            self.run.fit_all(f"evaluation/judges/{group}", jobs)
 
     def write_texts(self, split: str) -> None:
         """Texts of a split's users, by both policies: at every temperature for validation, at the chosen one for test."""
@@ -128,6 +143,9 @@ class Experiment:
                 decoding = self.config.sampling.decoding.model_copy(update={"temperature": temperature})
                 name = self.texts_of(policy, split, temperature)
                 self.run.encoded_texts(name, self.run.policy(self.round_of(policy)), of_splits(split), decoding, evaluation.texts_per_user)
+        if evaluation.best_of and split == "test":
+            decoding = self.config.sampling.decoding.model_copy(update={"temperature": self.temperatures["untuned"]})
+            self.run.encoded_texts(self.many_texts, self.run.policy(0), of_splits(split), decoding, evaluation.best_of)
 
     def choose_temperatures(self) -> Report:
         """The temperature at which each policy serves its own recommender best on the validation users."""
@@ -153,9 +171,12 @@ class Experiment:
         """The one reading of the test users."""
         out, cutoffs = self.folder / "results.json", self.config.evaluation.cutoffs(CUTOFFS)
         inputs = [self.run.folder / self.texts_of(policy, "test", self.temperatures[policy]) / "vectors" for policy in POLICIES]
+        inputs += [self.run.folder / self.many_texts / "vectors"] if self.config.evaluation.best_of else []
 
         def work() -> Report:
             values = {condition.label: self._metrics(condition, "test", None, cutoffs) for condition in CONDITIONS}
+            if self.config.evaluation.best_of:
+                values[BEST_OF] = self._best_of(cutoffs)
             self._write_per_user(values)
             texts = {policy: self.run.folder / self.texts_of(policy, "test", self.temperatures[policy]) / "samples" for policy in POLICIES}
             results = {
@@ -182,15 +203,35 @@ class Experiment:
 
     def _metrics(self, condition: Condition, split: str, temperature: float | None, cutoffs: list[int]) -> dict[str, Tensor]:
         """Per-user values [U] of each metric at each cutoff, NaN for users of other splits."""
-        data = self._data
-        users = data.users_of(split)
-        lists = data.lists_of(users)
-        labels, owners = data.labels[lists], data.list_users[lists]
+        lists, owners = self._lists(split)
+        return self._values(self._logits(condition, split, temperature, lists, owners), lists, owners, cutoffs)
+
+    def _lists(self, split: str) -> tuple[Tensor, Tensor]:
+        """Numbers of the lists of a split's users, and of their users."""
+        lists = self._data.lists_of(self._data.users_of(split))
+        return lists, self._data.list_users[lists]
+
+    def _values(self, scores: Iterable[Tensor], lists: Tensor, owners: Tensor, cutoffs: list[int]) -> dict[str, Tensor]:
+        """Means over `scores` [lists, K] and over a user's lists of each metric at each cutoff, [U]."""
+        labels = self._data.labels[lists]
         totals: dict[str, list[Tensor]] = {}
-        for logits in self._logits(condition, split, temperature, lists, owners):
+        for logits in scores:
             for name, value in accuracy(ranked_labels(logits, labels), labels.sum(1), cutoffs).items():
                 totals.setdefault(name, []).append(value)
-        return {name: per_user(torch.stack(of).mean(0), owners, len(data.user_ids)) for name, of in totals.items()}
+        return {name: per_user(torch.stack(of).mean(0), owners, len(self._data.user_ids)) for name, of in totals.items()}
+
+    def _best_of(self, cutoffs: list[int]) -> dict[str, Tensor]:
+        """Per-user values [U] of the untuned text that a user's other lists choose."""
+        data, (lists, owners) = self._data, self._lists("test")
+        vectors = user_vectors_of([self.run.folder / self.many_texts / "vectors"], data.user_ids)
+        item_vectors = files.read_tensors(self.run.item_vectors)["item_vectors"]
+        found = []
+        for seed in range(self.config.evaluation.seeds):
+            model = Reranker.load(self.judge("untuned", seed)).bind(data, item_vectors)
+            found.append(torch.stack([logits_of(model, data, lists, of_user) for of_user in vectors[owners].unbind(1)]))
+        logits = torch.stack(found)  # [seeds, texts, lists, K]
+        chosen = best_by_other_half(self.config.reward, logits, data.labels[lists], owners)
+        return self._values(logits[:, chosen, torch.arange(len(lists))], lists, owners, cutoffs)
 
     def _logits(self, condition: Condition, split: str, temperature: float | None, lists: Tensor, owners: Tensor) -> Any:
         """Scores [lists, K] of every seed and text."""
@@ -247,6 +288,11 @@ class Experiment:
         """Folder in the run folder of a policy's texts for the users of a split."""
         return f"evaluation/texts/{policy}-{split}-t{temperature:g}"
 
+    @property
+    def many_texts(self) -> str:
+        """Folder in the run folder of the untuned texts among which the best is chosen."""
+        return f"evaluation/texts/untuned-test-best-of-{self.config.evaluation.best_of}-t{self.temperatures['untuned']:g}"
+
     def judge(self, name: str, seed: int) -> Path:
         """Folder of a fitted recommender of the evaluation."""
-        return self.folder / "judges" / f"{name}-seed-{seed}"
+        return self.folder / "judges" / JUDGES[name].group / f"{name}-seed-{seed}"

@@ -85,10 +85,10 @@ class Export:
     def _reranker(self) -> Path:
         """Of the recommenders fitted on the last policy's texts, the one that reads what the run's reads, best on the validation users."""
         name = "history-tuned" if self.config.recommender.reads_history else "tuned"
-        fits = read_parquet(self.experiment.folder / "judges" / "fits").to_pylist()
+        fits = read_parquet(self.experiment.judge(name, 0).with_name("fits")).to_pylist()
         of_kind = [fit for fit in fits if fit["out"].startswith(f"{name}-seed-")]
         best = max(of_kind, key=lambda fit: fit["validation_ndcg"])
-        return self.experiment.folder / "judges" / best["out"]
+        return self.experiment.judge(name, 0).with_name(best["out"])
 
     @property
     def _reranker_origin(self) -> Report:

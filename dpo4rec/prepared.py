@@ -50,7 +50,7 @@ class Prepared(Stages):
     def prepare_data(self) -> Report:
         """The source's files, brought into one schema, split and cut into lists."""
         config, data = self.config.data, self.folder / "data"
-        work = partial(prepare, config, self.config.seed)
+        work = partial(prepare, config, self.config.data_seed)
         return self.stage("prepare", config, source_files(config), [data], lambda: into(data, work))
 
     def warm_up(self) -> Report:

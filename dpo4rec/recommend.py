@@ -80,7 +80,7 @@ class Recommenders:
             {"data": config.data.model_dump(mode="json"), **config.sequences.model_dump()},
             source_files(config.data),
             [out],
-            lambda: into(out, lambda folder: prepare_sequences(config.data, config.sequences, config.seed, folder)),
+            lambda: into(out, lambda folder: prepare_sequences(config.data, config.sequences, config.data_seed, folder)),
         )
 
     def _retrieved(self) -> None:
@@ -97,7 +97,7 @@ class Recommenders:
         def work(folder: Path) -> Report:
             given = config.retrieved.file is not None
             table = read_candidates(config.retrieved) if given else candidates_of(retriever, sequences, config.retrieved.length)
-            return prepare_retrieved(sequences, table.cast(CANDIDATES), config.retrieved, config.data, config.seed, folder)
+            return prepare_retrieved(sequences, table.cast(CANDIDATES), config.retrieved, config.data, config.data_seed, folder)
 
         settings = {**config.retrieved.model_dump(), "data": config.data.model_dump(mode="json")}
         self.run.stage("retrieved", settings, [sequences, *inputs], [out], lambda: into(out, work))

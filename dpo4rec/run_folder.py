@@ -8,7 +8,9 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -126,6 +128,26 @@ class RunFolder:
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **values}
         with (self.path / "log.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def fork(source: Path, target: Path) -> None:
+    """Begins the run folder `target` with the finished stages of another run, as hard links, which cost no space.
+
+    The new run may have another configuration: what both share is skipped there, the rest is made anew and leaves the other run as it was,
+    since no file of a stage is ever written in place. A `target` that exists is left alone.
+
+    Raises:
+        InputError: `source` is no run folder.
+    """
+    if target.exists():
+        return
+    if not (source / "manifest.json").exists():
+        raise InputError(str(source), "is no run folder to start from", "Run it first, or correct the path")
+    with files.atomic(target) as partial:
+        hidden = shutil.ignore_patterns(".*")  # locks, checkpoints, what is half written
+        shutil.copytree(source, partial, copy_function=os.link, ignore=hidden)
+        for own in ("config.yaml", "log.jsonl", "logs"):
+            files.remove(partial / own)
 
 
 def _content(outputs: list[Path]) -> str | None:

@@ -120,6 +120,7 @@ class DataConfig(Settings):
     k_core: int = Field(1, ge=1, description="users and items with fewer interactions are dropped until none is left; 1: all stay")
     like_threshold: float = Field(3.0, description="a candidate's label is 1 if its rating is above")
     max_users: int | None = Field(None, ge=10, description="a seeded sample of the users; None: all")
+    split_seed: int | None = Field(None, description="of what is drawn here, so that runs of several seeds share it; None: the run's")
     validation_share: float = Field(0.1, gt=0, lt=1)
     test_share: float = Field(0.1, gt=0, lt=1)
     history_length: int = Field(30, ge=1)

@@ -26,22 +26,33 @@ class Comparison:
 def paired_bootstrap(a: Tensor, b: Tensor, seed: int, samples: int = 10_000) -> Comparison:
     """Compares two systems by their values on the same users, a and b [U]; users with NaN in either are left out.
 
+    With values of several independent runs of the whole method, a and b [R, U], the systems of a run being compared on the same users, runs
+    are drawn with replacement as users are, so that the interval is of what another run with other users would show.
+
     The interval is the percentile interval of the resampled mean differences. The p-value shifts their distribution to the null
     of no difference (Efron and Tibshirani 1993, section 16.4; Smucker et al., CIKM 2007): the share of resamples at least as far from
     the observed difference as that is from 0, with one added to both counts so that it is never 0.
 
     Raises:
-        InputError: no user has a value in both.
+        InputError: no user has a value in both, or (several runs) a user has values in some of the runs alone.
     """
     differences = _differences(a, b)
-    users = len(differences)
+    users = differences.shape[-1]
     generator = np.random.default_rng(seed)
     sizes = [min(CHUNK, samples - start) for start in range(0, samples, CHUNK)]
-    means = np.concatenate([differences[generator.integers(users, size=(size, users))].mean(1) for size in sizes])
+    means = np.concatenate([_resampled(differences, generator, size) for size in sizes])
     observed = float(differences.mean())
     extreme = int((np.abs(means - observed) >= abs(observed)).sum())
     low, high = np.percentile(means, [2.5, 97.5])
     return Comparison(observed, float(low), float(high), (extreme + 1) / (samples + 1), users)
+
+
+def _resampled(differences: np.ndarray, generator: np.random.Generator, size: int) -> np.ndarray:
+    """Means [size] of resamples of the users, and of the runs where there are several."""
+    if differences.ndim == 1:
+        return differences[generator.integers(len(differences), size=(size, len(differences)))].mean(1)
+    runs, users = (generator.multinomial(count, np.full(count, 1 / count), size) / count for count in differences.shape)
+    return ((runs @ differences) * users).sum(1)
 
 
 def wilcoxon(a: Tensor, b: Tensor) -> float:
@@ -75,7 +86,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def _differences(a: Tensor, b: Tensor) -> np.ndarray:
     differences = (a.double() - b.double()).numpy()
-    differences = differences[~np.isnan(differences)]
-    if not len(differences):
+    lacking = np.isnan(differences)
+    if lacking.all(-1).any():
         raise InputError("paired comparison", "no user has a value under both systems", "Compare systems over the same users' lists")
-    return differences
+    if differences.ndim == 1:
+        return differences[~lacking]
+    if (lacking.any(0) != lacking.all(0)).any():
+        raise InputError("paired comparison", "the runs have other users", "Give all runs the same data.seed and lists")
+    return differences[:, ~lacking[0]]
