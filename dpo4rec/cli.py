@@ -40,6 +40,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     def run(*arguments: Any, **options: Any) -> None:
         try:
             command(*arguments, **options)
+        except typer.Exit:
+            raise
         except InputError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from None
@@ -249,6 +251,49 @@ def compare(
     from dpo4rec.report.compare import print_comparison
 
     print_comparison(compared(first, second, metric or ()))
+
+
+@app.command()
+@guarded
+def reproduce(
+    study: Annotated[str, typer.Argument(help="ml-1m-dpo4rec")],
+    data: Data = None,
+    run_dir: Annotated[Path | None, typer.Option(help="the study's folder [default: runs/STUDY]")] = None,
+    quick: Annotated[bool, typer.Option(help="one seed on a tenth of the users: does everything, shows nothing")] = False,
+    seed: Annotated[list[int] | None, typer.Option(min=0, help="these seeds alone, for several machines; may be repeated")] = None,
+    cluster: Cluster = None,
+    set_: Settings = None,
+) -> None:
+    """Repeat a published experiment, from the raw files to its tables; running it again continues.
+
+    Fails with status 1 if a figure leaves the range that is stored with the study.
+    """
+    from dpo4rec.report.progress import ProgressDisplay
+    from dpo4rec.report.study import tables
+    from dpo4rec.study import Study, load_study
+
+    settings = [f"data.folder={data}"] if data else []
+    settings += [f"cluster.kind={cluster}"] if cluster else []
+    folder, display = run_dir or Path("runs") / study, ProgressDisplay()
+    work = Study(load_study(study), folder, settings + (set_ or []), quick, display)
+    if unknown := set(seed or []) - set(work.seeds):
+        raise InputError(f"--seed {min(unknown)}", f"the study has seeds {work.seeds}", "Give some of these")
+    left = [k for k in work.unfinished() if not seed or k in seed]
+    typer.echo(f"{len(left)} of {len(work.seeds)} seeds to do, about {work.minutes(left):.0f} minutes on one core", err=True)
+    try:
+        work.run(left, lambda what: typer.echo(what, err=True))
+    finally:
+        display.close()
+    if work.unfinished():
+        return
+    results = work.results()
+    text = tables(results)
+    (folder / "results.md").write_text(text, encoding="utf-8")
+    typer.echo(text)
+    for name, of in results["unexpected"].items():
+        typer.echo(f"unexpected: {name} is {of['found']}, and was expected in {of['expected']}", err=True)
+    if results["unexpected"]:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -1,0 +1,36 @@
+"""The tables of a study, as Markdown: for the terminal, for `results.md` and for the documentation."""
+
+from typing import Any
+
+METRICS = ("ndcg@5", "ndcg@10", "map@5")
+TEXTS = {"well_formed": "well-formed", "distinct": "distinct", "grounded": "grounded", "mean_tokens": "tokens"}
+
+
+def tables(results: dict[str, Any]) -> str:
+    """Conditions with the standard deviation over seeds, comparisons, and the figures."""
+    heading = f"{results['test_users']} test users, {results['seeds']} seeds of the whole loop, lists `{results['lists_hash']}`."
+    conditions = [["condition", *(metric.upper() for metric in METRICS), *TEXTS.values()]]
+    for label, of in results["conditions"].items():
+        texts = of.get("texts", {})
+        conditions.append([label, *(_with_deviation(of, metric) for metric in METRICS), *(_text(texts, name) for name in TEXTS)])
+    comparisons = [["difference in NDCG@5", "mean", "95 % interval", "p", "p (Holm)"]]
+    for row in results["comparisons"]:
+        interval = f"[{row['low']:+.4f}, {row['high']:+.4f}]"
+        ends = [f"{row['p_value']:.4f}", f"{row['p_value_holm']:.4f}"]
+        comparisons.append([f"{row['a']} - {row['b']}", f"{row['difference']:+.4f}", interval, *ends])
+    figures = [["figure", "value"], *([name, f"{value:g}"] for name, value in results["figures"].items())]
+    return "\n\n".join([heading, _markdown(conditions), _markdown(comparisons), _markdown(figures)]) + "\n"
+
+
+def _with_deviation(of: dict[str, Any], metric: str) -> str:
+    deviation = of.get(f"{metric} deviation")
+    return f"{of[metric]:.4f}" + (f" ± {deviation:.4f}" if deviation is not None else "")
+
+
+def _text(texts: dict[str, float], name: str) -> str:
+    return "" if name not in texts else f"{texts[name]:.1f}" if name == "mean_tokens" else f"{texts[name]:.3f}"
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])

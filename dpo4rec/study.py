@@ -1,0 +1,256 @@
+"""A study: the method and its rivals over several seeds of the whole loop, and the table that says whether the alignment helps.
+
+Of every seed each arm has a run folder `seed-<k>/<arm>`; the first arm runs whole, the others begin as forks of it and make anew what
+differs. Test users are the same in all of them, and are read when an arm is evaluated.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor
+
+from dpo4rec import files
+from dpo4rec.config import Config, recommender_of, resolve
+from dpo4rec.driver import Run
+from dpo4rec.errors import InputError
+from dpo4rec.evaluation.significance import holm, paired_bootstrap
+from dpo4rec.experiment import BEST_OF, Experiment
+from dpo4rec.files import read_parquet, stable_seed
+from dpo4rec.measure import Measurement
+from dpo4rec.recommend import Recommenders
+from dpo4rec.run_folder import fork, read_yaml
+from dpo4rec.settings import Settings
+from dpo4rec.stages import Announce, Report
+
+STUDIES = Path(__file__).parent / "studies"
+METRICS = ("ndcg@5", "ndcg@10", "map@5")
+CONTROLS = ("random", "popularity", "none", "item text only", "history", "shuffled text", "untuned text", BEST_OF, "history + untuned text")
+"""Conditions that no arm has a part in, in the order of the table."""
+TITLES = "raw titles as text"
+Values = dict[str, dict[str, Tensor]]
+"""Condition -> metric -> [seeds, users]."""
+
+
+class StudyConfig(Settings):
+    """What a study compares, and what it is expected to find."""
+
+    preset: str
+    settings: list[str] = Field([], description="over the preset, for every arm")
+    quick: list[str] = Field(description="over the settings, for a look at a part of it")
+    seeds: PositiveInt = 5
+    minutes_per_seed: PositiveFloat = Field(description="measured, on one core")
+    quick_share: float = Field(gt=0, description="time of a quick look / time of a seed, measured")
+    arms: dict[str, list[str]] = Field(description="label of an arm: what it changes; the first runs whole, the others start from it")
+    aligned: str = Field(description="the arm that the study is about")
+    comparisons: list[tuple[str, str]] = Field(description="pairs of conditions: one family of tests")
+    expected: dict[str, tuple[float, float]] = Field({}, description="figure: range that a repetition must find it in")
+
+    @model_validator(mode="after")
+    def _arms_exist(self) -> "StudyConfig":
+        known = {*CONTROLS, TITLES, *self.arms, *(history(arm) for arm in self.arms)}
+        named = {self.aligned, *(name for pair in self.comparisons for name in pair)}
+        if unknown := sorted(named - known):
+            raise ValueError(f"{unknown} are no conditions of this study; known: {sorted(known)}")
+        return self
+
+
+def studies() -> list[str]:
+    return sorted(path.stem for path in STUDIES.glob("*.yaml"))
+
+
+def load_study(name: str) -> StudyConfig:
+    """Raises `InputError` when there is no such study."""
+    if name not in studies():
+        raise InputError(name, "there is no such study", f"Known: {', '.join(studies())}")
+    return StudyConfig.model_validate(read_yaml(STUDIES / f"{name}.yaml"))
+
+
+def history(arm: str) -> str:
+    """Label of the condition that has the ID history beside the text of an arm."""
+    return f"history + {arm}"
+
+
+class Study:
+    """A study in a folder; whatever is done is skipped, so running again is resuming.
+
+    Args:
+        config: arms, comparisons, expectations.
+        folder: gets `seed-<k>/<arm>/` and `results.json`.
+        settings: `key=value` over those of the study, for instance the data's folder.
+        quick: one seed with the study's settings for a quick look; its expectations do not apply.
+        announce: as a run's.
+
+    Raises:
+        InputError: an arm's settings cannot be used.
+    """
+
+    def __init__(
+        self, config: StudyConfig, folder: Path, settings: list[str], quick: bool = False, announce: Announce = lambda *_: None
+    ) -> None:
+        self.config, self.folder, self.quick, self.announce = config, folder, quick, announce
+        self.settings = [*config.settings, *(config.quick if quick else []), *settings]
+        self.seeds = list(range(1 if quick else config.seeds))
+        for arm in config.arms:  # a wrong setting is said before anything runs
+            self._settings_of(arm, 0)
+
+    def run(self, seeds: list[int], started: Callable[[str], None] = lambda _: None) -> None:
+        """All arms of these seeds. `started` is told which arm of which seed begins."""
+        for seed in seeds:
+            for arm in self.config.arms:
+                started(f"seed {seed}: {arm}")
+                self._run_arm(arm, seed)
+
+    def _run_arm(self, arm: str, seed: int) -> None:
+        first, folder = next(iter(self.config.arms)), self.path(arm, seed)
+        if arm != first:
+            fork(self.path(first, seed), folder)
+        run = Run(self._settings_of(arm, seed), folder, self.announce)
+        run.rounds()
+        Experiment(run).evaluate()
+        if arm == first:
+            self._measure_titles(run)
+        run.folder.release()
+
+    def _measure_titles(self, run: Run) -> None:
+        """The control that needs no language model: the titles of the history as the user's text, with an encoder fitted on them."""
+        recommenders, texts = Recommenders(run), run.folder / "titles.parquet"
+        if not texts.exists():
+            rows = read_parquet(run.folder / "data" / "histories.parquet").to_pylist()
+            shown = [[run.catalogue.items[item].title for item in row["item_ids"][-run.config.prompt.history_items :]] for row in rows]
+            files.write_parquet(pa.table({"user_id": [row["user_id"] for row in rows], "text": ["; ".join(of) for of in shown]}), texts)
+        recommenders.fit(recommender_of(run.config, run.config.recommender.model, "titles", None, [str(texts)], []))
+        measurement = Measurement(recommenders)
+        measurement.measure("frozen", measurement.protocols()["frozen"])
+
+    def path(self, arm: str, seed: int) -> Path:
+        """Run folder of an arm."""
+        return self.folder / f"seed-{seed}" / "-".join("".join(c if c.isalnum() else " " for c in arm).split())
+
+    def _settings_of(self, arm: str, seed: int) -> Config:
+        return resolve(self.config.preset, None, [*self.settings, *self.config.arms[arm], f"seed={seed}"])
+
+    # -- what it found ----------------------------------------------------------------------------------------------------------
+
+    def unfinished(self) -> list[int]:
+        """Seeds of which some arm is not yet evaluated."""
+        return [k for k in self.seeds if not all((self.path(arm, k) / "evaluation" / "results.json").exists() for arm in self.config.arms)]
+
+    def minutes(self, seeds: list[int]) -> float:
+        """About how long these seeds take on one core."""
+        return len(seeds) * self.config.minutes_per_seed * (self.config.quick_share if self.quick else 1)
+
+    def results(self) -> Report:
+        """The table over all seeds, written to `results.json`: by condition metrics and how its texts look, comparisons, figures.
+
+        Raises:
+            InputError: a seed is not done, or seeds have other users or lists.
+        """
+        if left := self.unfinished():
+            raise InputError(str(self.folder), f"seeds {left} are not done", "Run the study for them first")
+        values = self.values
+        found: Report = {
+            "seeds": len(self.seeds),
+            "quick": self.quick,
+            "test_users": int((~values["none"]["ndcg@5"][0].isnan()).sum()),
+            "lists_hash": self._common("lists_hash"),
+            "conditions": {label: self._row(label, of) for label, of in values.items()},
+            "comparisons": self._comparisons(),
+        }
+        found["figures"] = self._figures(found)
+        found["unexpected"] = {} if self.quick else self._unexpected(found["figures"])
+        files.write_json(found, self.folder / "results.json")
+        return found
+
+    @cached_property
+    def values(self) -> Values:
+        """Of every condition, per seed and user; users in the order of their ids."""
+        tables: dict[str, dict[str, list[Tensor]]] = {}
+        for seed in self.seeds:
+            for label, of in self._values_of(seed).items():
+                for metric, value in of.items():
+                    tables.setdefault(label, {}).setdefault(metric, []).append(value)
+        return {label: {metric: torch.stack(of) for metric, of in table.items()} for label, table in tables.items()}
+
+    def _values_of(self, seed: int) -> dict[str, dict[str, Tensor]]:
+        first = next(iter(self.config.arms))
+        found = {}
+        own = _per_user(self.path(first, seed) / "evaluation" / "per_user.parquet")
+        for label in CONTROLS:
+            found[label] = own[label]
+            if label == "history":
+                found[TITLES] = _per_user(self.path(first, seed) / "evaluation" / "frozen" / "per_user.parquet")["titles"]
+        for arm in self.config.arms:
+            of_arm = _per_user(self.path(arm, seed) / "evaluation" / "per_user.parquet")
+            found |= {arm: of_arm["tuned text"], history(arm): of_arm["history + tuned text"]}
+        return found
+
+    def _of(self, arm: str, seed: int) -> Report:
+        return files.read_json(self.path(arm, seed) / "evaluation" / "results.json")
+
+    def _common(self, key: str) -> Any:
+        found = {self._of(arm, seed)[key] for arm in self.config.arms for seed in self.seeds}
+        if len(found) > 1:
+            raise InputError(str(self.folder), f"its runs have several values of {key}: {sorted(found)}", "Set data.split_seed")
+        return found.pop()
+
+    def _row(self, label: str, of: dict[str, Tensor]) -> Report:
+        means = {metric: of[metric].nanmean(1) for metric in METRICS}
+        row: Report = {metric: float(mean.mean()) for metric, mean in means.items()}
+        row |= {f"{metric} deviation": float(mean.std()) for metric, mean in means.items() if len(mean) > 1}
+        policy = {label: (label, "tuned") for label in self.config.arms} | {"untuned text": (next(iter(self.config.arms)), "untuned")}
+        if label in policy:
+            arm, which = policy[label]
+            runs = [self._of(arm, seed) for seed in self.seeds]
+            texts = [run["texts"][which] for run in runs]
+            row["texts"] = {name: sum(text[name] for text in texts) / len(texts) for name in texts[0]}
+            row["temperatures"] = [run["temperatures"]["chosen"][which] for run in runs]
+        return row
+
+    def _comparisons(self) -> list[Report]:
+        rows = []
+        for a, b in self.config.comparisons:
+            of = [self.values[label]["ndcg@5"] for label in (a, b)]
+            rows.append({"a": a, "b": b, **asdict(paired_bootstrap(of[0], of[1], stable_seed("study"), samples=10_000))})
+        for row, corrected in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
+            row["p_value_holm"] = corrected
+        return rows
+
+    def _figures(self, found: Report) -> dict[str, float]:
+        aligned, conditions = self.config.aligned, found["conditions"]
+        p_values = {(row["a"], row["b"]): row["p_value"] for row in found["comparisons"]}
+
+        def gain(label: str, over: str) -> float:
+            return conditions[label]["ndcg@5"] - conditions[over]["ndcg@5"]
+
+        gained, best = gain(aligned, "untuned text"), gain(BEST_OF, "untuned text")
+        return {
+            "delta_ndcg5_tuned_vs_untuned": round(gained, 4),
+            "p_tuned_vs_untuned": round(p_values[aligned, "untuned text"], 5),
+            "delta_ndcg5_history_plus_tuned_vs_history_plus_untuned": round(gain(history(aligned), "history + untuned text"), 4),
+            "p_history_plus_tuned_vs_history_plus_untuned": round(p_values[history(aligned), "history + untuned text"], 5),
+            "delta_ndcg5_best_of_n_vs_untuned": round(best, 4),
+            "captured_share_of_best_of_n": round(gained / best, 3) if best else 0.0,
+            "well_formed_rate": round(conditions[aligned]["texts"]["well_formed"], 4),
+            "seeds": found["seeds"],
+            "test_users": found["test_users"],
+        }
+
+    def _unexpected(self, figures: dict[str, float]) -> dict[str, Report]:
+        ranges = self.config.expected
+        return {name: {"found": figures[name], "expected": list(of)} for name, of in ranges.items() if not of[0] <= figures[name] <= of[1]}
+
+
+def _per_user(file: Path) -> dict[str, dict[str, Tensor]]:
+    """Condition -> metric -> values, users in the order of their ids."""
+    table = read_parquet(file).sort_by("user_id")
+    found = {}
+    for label in table["condition"].unique().to_pylist():
+        rows = table.filter(pa.array([condition == label for condition in table["condition"].to_pylist()]))
+        found[label] = {metric: torch.from_numpy(rows[metric].to_numpy().copy()) for metric in METRICS if metric in rows.column_names}
+    return found

@@ -1,0 +1,155 @@
+"""The study: arms that share what they can, seeds on the same users, and tables of both."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+from dpo4rec import study as studies
+from dpo4rec.cli import app
+from dpo4rec.config import resolve
+from dpo4rec.errors import InputError
+from dpo4rec.evaluation.metrics import log_likelihood
+from dpo4rec.evaluation.significance import paired_bootstrap
+from dpo4rec.preference.best_of import best_by_other_half
+from dpo4rec.preference.config import RewardConfig
+from dpo4rec.run_folder import fork, stage_key
+from dpo4rec.study import StudyConfig, load_study
+
+ARMS = {"aligned": [], "at random": ["pairs.orientation=random"]}
+STUDY = {
+    "preset": "quickstart",
+    "seeds": 2,
+    "quick": ["evaluation.bootstrap_samples=50"],
+    "minutes_per_seed": 1,
+    "quick_share": 0.5,
+    "arms": ARMS,
+    "aligned": "aligned",
+    "comparisons": [["aligned", "untuned text"], ["history + aligned", "history + untuned text"], ["aligned", "at random"]],
+    "expected": {"well_formed_rate": [-1, -0.5]},
+}
+
+
+@pytest.fixture(scope="module")
+def finished(micro: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, list[str]]:
+    """Folder of a finished study of the micro run, what was said on the way, and the settings."""
+    root = tmp_path_factory.mktemp("study")
+    (root / "studies").mkdir()
+    (root / "studies" / "micro.yaml").write_text(yaml.safe_dump(STUDY))
+    values = {**yaml.safe_load(micro.read_text()), "rounds": 1}
+    values["evaluation"] = {**values.get("evaluation", {}), "seeds": 1, "temperatures": [1.0], "best_of": 3}
+    values["data"]["split_seed"] = 5
+    settings = [f"{key}={json.dumps(value)}" for key, value in values.items() if key != "seed"]
+    options = ["reproduce", "micro", "--run-dir", str(root / "out"), *(word for setting in settings for word in ("--set", setting))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(studies, "STUDIES", root / "studies")
+        result = CliRunner().invoke(app, options)
+    assert result.exit_code == 1, result.output  # what is expected of it is impossible
+    return root, result.output, options
+
+
+def test_a_study_measures_arms_and_controls_over_its_seeds(finished: tuple[Path, str, list[str]]) -> None:
+    root, said, _ = finished
+    results = json.loads((root / "out" / "results.json").read_text())
+    assert list(results["conditions"])[:3] == ["random", "popularity", "none"]
+    assert {"raw titles as text", "best of the untuned texts", "aligned", "history + at random"} <= results["conditions"].keys()
+    figures, conditions = results["figures"], results["conditions"]
+    assert figures["delta_ndcg5_tuned_vs_untuned"] == pytest.approx(
+        conditions["aligned"]["ndcg@5"] - conditions["untuned text"]["ndcg@5"], abs=1e-4
+    )
+    assert all(0 <= conditions["at random"]["texts"][name] <= 1 for name in ("well_formed", "distinct", "grounded"))
+    assert [row["p_value"] <= row["p_value_holm"] for row in results["comparisons"]] == [True] * 3
+    assert "about 2 minutes" in said
+    assert "unexpected: well_formed_rate" in said
+    assert "| aligned - untuned text |" in (root / "out" / "results.md").read_text()
+
+
+def test_arms_share_what_they_have_in_common_and_seeds_their_users(finished: tuple[Path, str, list[str]]) -> None:
+    root, _, _ = finished
+    here, other = (root / "out" / f"seed-{seed}" for seed in (0, 1))
+    same = ("round-0/scores", "evaluation/judges/untuned", "language_model")
+    for name in same:
+        files = [path for path in (here / "aligned" / name).rglob("*") if path.is_file()]
+        assert files
+        assert all(path.samefile(here / "at-random" / path.relative_to(here / "aligned")) for path in files)
+    pairs = [(here / arm / "round-0" / "pairs" / "pairs.parquet").read_bytes() for arm in ("aligned", "at-random")]
+    assert pairs[0] != pairs[1]
+    lists = [(seed / "aligned" / "data" / "lists.parquet").read_bytes() for seed in (here, other)]
+    assert lists[0] == lists[1]
+    texts = [sorted((seed / "aligned" / "round-0" / "samples").iterdir())[0].read_bytes() for seed in (here, other)]
+    assert texts[0] != texts[1]
+
+
+def test_a_finished_study_does_nothing_again(finished: tuple[Path, str, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    root, _, options = finished
+    monkeypatch.setattr(studies, "STUDIES", root / "studies")
+    before = (root / "out" / "results.json").read_bytes()
+    result = CliRunner().invoke(app, options)
+    assert "0 of 2 seeds" in result.output
+    assert (root / "out" / "results.json").read_bytes() == before
+
+
+def test_studies_say_what_they_lack(tmp_path: Path) -> None:
+    assert CliRunner().invoke(app, ["reproduce", "nothing"]).exit_code == 2
+    with pytest.raises(ValueError, match="no conditions of this study"):
+        StudyConfig.model_validate({**STUDY, "comparisons": [["aligned", "unheard of"]]})
+    result = CliRunner().invoke(app, ["reproduce", "ml-1m-dpo4rec", "--data", str(tmp_path), "--seed", "9", "--run-dir", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "--seed 9" in result.output
+    with pytest.raises(InputError, match="no run folder"):
+        fork(tmp_path, tmp_path / "new")
+
+
+def test_every_shipped_study_can_be_begun() -> None:
+    for name in studies.studies():
+        config = load_study(name)
+        for arm in config.arms.values():
+            resolve(config.preset, None, [*config.settings, *config.quick, *arm, "data.folder=somewhere"])
+
+
+def test_the_text_is_chosen_by_the_lists_that_it_is_not_measured_on() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(2, 5, 7, 10, generator=generator), (torch.rand(7, 10, generator=generator) < 0.4).float()
+    users = torch.tensor([3, 0, 3, 3, 0, 3, 1])
+    chosen = best_by_other_half(RewardConfig(), logits, labels, users)
+    rewards = log_likelihood(logits.flatten(0, 2), labels.repeat(10, 1)).view(2, 5, 7).mean(0)
+    assert chosen[0] == chosen[3] == rewards[:, [2, 5]].sum(1).argmax()
+    assert chosen[2] == chosen[5] == rewards[:, [0, 3]].sum(1).argmax()
+    assert chosen[1] == rewards[:, 4].argmax()
+    assert chosen[4] == rewards[:, 1].argmax()
+    assert chosen[6] == 0
+
+
+def test_bootstrap_over_runs_is_wider_where_runs_differ() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = 0.1 * torch.randn(5, 400, generator=generator)
+    alike, apart = noise + 0.02, noise + torch.linspace(-0.1, 0.14, 5)[:, None]
+    zero = torch.zeros(5, 400)
+    narrow, wide = (paired_bootstrap(values, zero, seed=0) for values in (alike, apart))
+    assert narrow.difference == pytest.approx(wide.difference, abs=1e-6)
+    assert narrow.p_value < 0.01 < 0.3 < wide.p_value
+    assert wide.high - wide.low > 3 * (narrow.high - narrow.low)
+    users_apart = zero.clone()
+    users_apart[0, 3] = torch.nan
+    with pytest.raises(InputError, match="other users"):
+        paired_bootstrap(users_apart, zero, seed=0)
+
+
+def test_a_fork_begins_with_what_is_done_and_leaves_its_origin_alone(tmp_path: Path) -> None:
+    source, target = tmp_path / "a", tmp_path / "b"
+    (source / "round-0" / "adapter").mkdir(parents=True)
+    for name in ("manifest.json", "config.yaml", "log.jsonl", ".lock", "round-0/adapter/log.jsonl"):
+        (source / name).write_text("{}")
+    fork(source, target)
+    assert sorted(str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()) == [
+        "manifest.json",
+        "round-0/adapter/log.jsonl",
+    ]
+    assert stage_key({}, [source / "round-0"]) == stage_key({}, [target / "round-0"])
+    (target / "manifest.json").unlink()
+    fork(source, target)  # is there already
+    assert (source / "manifest.json").exists()
+    assert not (target / "manifest.json").exists()
