@@ -116,10 +116,15 @@ def alignment_seconds(of: Inputs, users: float, gpus: float) -> float:
     return users / (min(gpus, of.training_gpus_at_most) * of.pairs_per_second)
 
 
-def round_bytes(of: Inputs, users: float, samples: float) -> float:
-    """Bytes written in a round; each is read once by the next stage. Bytes of a text grow with its tokens at most."""
+def user_bytes(of: Inputs, samples: float) -> float:
+    """Bytes that a round writes for a user; each is read once by the next stage. Bytes of a text grow with its tokens at most."""
     text = of.bytes_per_text * max(1.0, of.answer_tokens / of.measured_answer_tokens)
-    return users * (of.bytes_per_user_prompts + samples * text + of.bytes_per_pair) + of.adapter_bytes
+    return of.bytes_per_user_prompts + samples * text + of.bytes_per_pair
+
+
+def round_bytes(of: Inputs, users: float, samples: float) -> float:
+    """Bytes written in a round."""
+    return users * user_bytes(of, samples) + of.adapter_bytes
 
 
 def store_bytes(of: Inputs, gpus: float, units_in_flight: float = 2) -> float:
@@ -136,16 +141,19 @@ def gpus_of_a_driver(of: Inputs, samples: float) -> float:
 def limits(of: Inputs, gpus: int) -> list[tuple[str, float]]:
     """What a round meets, and at how many users, fewest first."""
     day = 24 * HOUR
+
+    def users_in(size: float) -> float:
+        """Users for whom a round writes so many bytes."""
+        return (size - of.adapter_bytes) / user_bytes(of, of.samples)
+
     found = {
         "a fit takes longer than a day (one process a fit)": day / fit_seconds(of, 1),
         f"sampling takes longer than a day on {gpus} GPUs": day / sampling_seconds(of, 1, of.samples, gpus),
         f"the driver's {of.driver_gib:g} GiB": of.driver_gib * GIB / max(1.0, of.driver_bytes_per_user),
         f"a scorer's {of.worker_gib:g} GiB": of.worker_gib * GIB / max(1.0, of.scorer_bytes_per_user),
         f"{of.files_in_folder:,.0f} unit files in a folder": of.files_in_folder * of.users_per_unit,
-        "hashing what a round wrote takes the driver longer than an hour": HOUR
-        * of.hashed_bytes_per_second
-        / round_bytes(of, 1, of.samples),
-        f"{of.disk_bytes / 1e12:g} TB of disk for one round": of.disk_bytes / round_bytes(of, 1, of.samples),
+        "hashing what a round wrote takes the driver longer than an hour": users_in(HOUR * of.hashed_bytes_per_second),
+        f"{of.disk_bytes / 1e12:g} TB of disk for one round": users_in(of.disk_bytes),
     }
     return sorted(found.items(), key=lambda row: row[1])
 

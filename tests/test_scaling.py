@@ -34,6 +34,12 @@ def test_limits_come_in_the_order_in_which_they_are_met() -> None:
     assert 64 in users
 
 
+def test_a_round_at_the_limit_of_the_disk_fills_it() -> None:
+    of = inputs(disk_bytes=1e13, adapter_bytes=1e8, bytes_per_text=1500, samples=10)
+    users = dict(scaling.limits(of, gpus=8))["10 TB of disk for one round"]
+    assert scaling.round_bytes(of, users, of.samples) == pytest.approx(1e13)
+
+
 def test_the_page_is_what_the_results_say() -> None:
     text = scaling.PAGE.read_text(encoding="utf-8")
     wanted = {file for file, _, _ in scaling.MEASURED.values()}
