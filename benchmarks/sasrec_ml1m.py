@@ -16,7 +16,10 @@ from typing import Any
 from benchmarks.record import record
 from dpo4rec.files import read_json
 
-MODELS: dict[str, list[str]] = {"sasrec": [], "gru4rec": ["sequential.embedding_dim=64", "sequential.epochs=12"]}
+MODELS: dict[str, list[str]] = {
+    "sasrec": [],
+    "gru4rec": ["sequential.embedding_dim=64", "sequential.epochs=12", "sequential.tokens_per_step=12800"],
+}
 """Each with what it changes of the preset."""
 
 
