@@ -258,7 +258,7 @@ def compare(
 def reproduce(
     study: Annotated[str, typer.Argument(help="ml-1m-dpo4rec")],
     data: Data = None,
-    run_dir: Annotated[Path | None, typer.Option(help="the study's folder [default: runs/STUDY]")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="the study's folder [default: runs/STUDY, or runs/STUDY-quick]")] = None,
     quick: Annotated[bool, typer.Option(help="one seed on a tenth of the users: does everything, shows nothing")] = False,
     seed: Annotated[list[int] | None, typer.Option(min=0, help="these seeds alone, for several machines; may be repeated")] = None,
     cluster: Cluster = None,
@@ -274,11 +274,16 @@ def reproduce(
 
     settings = [f"data.folder={data}"] if data else []
     settings += [f"cluster.kind={cluster}"] if cluster else []
-    folder, display = run_dir or Path("runs") / study, ProgressDisplay()
+    folder, display = run_dir or Path("runs") / (f"{study}-quick" if quick else study), ProgressDisplay()
     work = Study(load_study(study), folder, settings + (set_ or []), quick, display)
     if unknown := set(seed or []) - set(work.seeds):
         raise InputError(f"--seed {min(unknown)}", f"the study has seeds {work.seeds}", "Give some of these")
     left = [k for k in work.unfinished() if not seed or k in seed]
+    if left and (resolved := work.settings_of(work.first, left[0])).cluster.kind == "ray":
+        from dpo4rec.cluster.doctor import check
+        from dpo4rec.preflight import asked
+
+        check(asked(resolved, work.path(work.first, left[0])))
     typer.echo(f"{len(left)} of {len(work.seeds)} seeds to do, about {work.minutes(left):.0f} minutes on one core", err=True)
     try:
         work.run(left, lambda what: typer.echo(what, err=True))

@@ -131,7 +131,8 @@ class RunFolder:
 
 
 def fork(source: Path, target: Path) -> None:
-    """Begins the run folder `target` with the finished stages of another run, as hard links, which cost no space.
+    """Begins the run folder `target` with the finished stages of another run, as hard links, which cost no space (copies where the file
+    system has none).
 
     The new run may have another configuration: what both share is skipped there, the rest is made anew and leaves the other run as it was,
     since no file of a stage is ever written in place. A `target` that exists is left alone.
@@ -145,9 +146,16 @@ def fork(source: Path, target: Path) -> None:
         raise InputError(str(source), "is no run folder to start from", "Run it first, or correct the path")
     with files.atomic(target) as partial:
         hidden = shutil.ignore_patterns(".*")  # locks, checkpoints, what is half written
-        shutil.copytree(source, partial, copy_function=os.link, ignore=hidden)
+        shutil.copytree(source, partial, copy_function=_link, ignore=hidden)
         for own in ("config.yaml", "log.jsonl", "logs"):
             files.remove(partial / own)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _content(outputs: list[Path]) -> str | None:

@@ -97,7 +97,13 @@ class Study:
         self.settings = [*config.settings, *(config.quick if quick else []), *settings]
         self.seeds = list(range(1 if quick else config.seeds))
         for arm in config.arms:  # a wrong setting is said before anything runs
-            self._settings_of(arm, 0)
+            if self.settings_of(arm, 0).evaluation.best_of is None:
+                raise InputError("evaluation.best_of", "a study has a row for it", "Set how many texts to choose among")
+
+    @property
+    def first(self) -> str:
+        """The arm that the others start from."""
+        return next(iter(self.config.arms))
 
     def run(self, seeds: list[int], started: Callable[[str], None] = lambda _: None) -> None:
         """All arms of these seeds. `started` is told which arm of which seed begins."""
@@ -107,14 +113,14 @@ class Study:
                 self._run_arm(arm, seed)
 
     def _run_arm(self, arm: str, seed: int) -> None:
-        first, folder = next(iter(self.config.arms)), self.path(arm, seed)
-        if arm != first:
-            fork(self.path(first, seed), folder)
-        run = Run(self._settings_of(arm, seed), folder, self.announce)
+        folder = self.path(arm, seed)
+        if arm != self.first:
+            fork(self.path(self.first, seed), folder)
+        run = Run(self.settings_of(arm, seed), folder, self.announce)
         run.rounds()
-        Experiment(run).evaluate()
-        if arm == first:
+        if arm == self.first:
             self._measure_titles(run)
+        Experiment(run).evaluate()  # last: with its results the arm counts as done
         run.folder.release()
 
     def _measure_titles(self, run: Run) -> None:
@@ -132,7 +138,8 @@ class Study:
         """Run folder of an arm."""
         return self.folder / f"seed-{seed}" / "-".join("".join(c if c.isalnum() else " " for c in arm).split())
 
-    def _settings_of(self, arm: str, seed: int) -> Config:
+    def settings_of(self, arm: str, seed: int) -> Config:
+        """The resolved configuration of an arm's run."""
         return resolve(self.config.preset, None, [*self.settings, *self.config.arms[arm], f"seed={seed}"])
 
     # -- what it found ----------------------------------------------------------------------------------------------------------
@@ -178,13 +185,12 @@ class Study:
         return {label: {metric: torch.stack(of) for metric, of in table.items()} for label, table in tables.items()}
 
     def _values_of(self, seed: int) -> dict[str, dict[str, Tensor]]:
-        first = next(iter(self.config.arms))
         found = {}
-        own = _per_user(self.path(first, seed) / "evaluation" / "per_user.parquet")
+        own = _per_user(self.path(self.first, seed) / "evaluation" / "per_user.parquet")
         for label in CONTROLS:
             found[label] = own[label]
             if label == "history":
-                found[TITLES] = _per_user(self.path(first, seed) / "evaluation" / "frozen" / "per_user.parquet")["titles"]
+                found[TITLES] = _per_user(self.path(self.first, seed) / "evaluation" / "frozen" / "per_user.parquet")["titles"]
         for arm in self.config.arms:
             of_arm = _per_user(self.path(arm, seed) / "evaluation" / "per_user.parquet")
             found |= {arm: of_arm["tuned text"], history(arm): of_arm["history + tuned text"]}
@@ -203,7 +209,7 @@ class Study:
         means = {metric: of[metric].nanmean(1) for metric in METRICS}
         row: Report = {metric: float(mean.mean()) for metric, mean in means.items()}
         row |= {f"{metric} deviation": float(mean.std()) for metric, mean in means.items() if len(mean) > 1}
-        policy = {label: (label, "tuned") for label in self.config.arms} | {"untuned text": (next(iter(self.config.arms)), "untuned")}
+        policy = {label: (label, "tuned") for label in self.config.arms} | {"untuned text": (self.first, "untuned")}
         if label in policy:
             arm, which = policy[label]
             runs = [self._of(arm, seed) for seed in self.seeds]
