@@ -130,12 +130,15 @@ class RunFolder:
             stream.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def fork(source: Path, target: Path) -> None:
+def fork(source: Path, target: Path, without: tuple[str, ...] = ()) -> None:
     """Begins the run folder `target` with the finished stages of another run, as hard links, which cost no space (copies where the file
     system has none).
 
     The new run may have another configuration: what both share is skipped there, the rest is made anew and leaves the other run as it was,
     since no file of a stage is ever written in place. A `target` that exists is left alone.
+
+    Args:
+        without: paths in the folder that the new run does not begin with.
 
     Raises:
         InputError: `source` is no run folder.
@@ -147,7 +150,7 @@ def fork(source: Path, target: Path) -> None:
     with files.atomic(target) as partial:
         hidden = shutil.ignore_patterns(".*")  # locks, checkpoints, what is half written
         shutil.copytree(source, partial, copy_function=_link, ignore=hidden)
-        for own in ("config.yaml", "log.jsonl", "logs"):
+        for own in ("config.yaml", "log.jsonl", "logs", *without):
             files.remove(partial / own)
 
 

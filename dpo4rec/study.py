@@ -33,6 +33,8 @@ METRICS = ("ndcg@5", "ndcg@10", "map@5")
 CONTROLS = ("random", "popularity", "none", "item text only", "history", "shuffled text", "untuned text", BEST_OF, "history + untuned text")
 """Conditions that no arm has a part in, in the order of the table."""
 TITLES = "raw titles as text"
+RESULTS = "evaluation/results.json"
+"""What an arm's run folder has once it is done."""
 Values = dict[str, dict[str, Tensor]]
 """Condition -> metric -> [seeds, users]."""
 
@@ -115,7 +117,7 @@ class Study:
     def _run_arm(self, arm: str, seed: int) -> None:
         folder = self.path(arm, seed)
         if arm != self.first:
-            fork(self.path(self.first, seed), folder)
+            fork(self.path(self.first, seed), folder, without=(RESULTS,))
         run = Run(self.settings_of(arm, seed), folder, self.announce)
         run.rounds()
         if arm == self.first:
@@ -146,7 +148,7 @@ class Study:
 
     def unfinished(self) -> list[int]:
         """Seeds of which some arm is not yet evaluated."""
-        return [k for k in self.seeds if not all((self.path(arm, k) / "evaluation" / "results.json").exists() for arm in self.config.arms)]
+        return [k for k in self.seeds if not all((self.path(arm, k) / RESULTS).exists() for arm in self.config.arms)]
 
     def minutes(self, seeds: list[int]) -> float:
         """About how long these seeds take on one core."""
@@ -197,7 +199,7 @@ class Study:
         return found
 
     def _of(self, arm: str, seed: int) -> Report:
-        return files.read_json(self.path(arm, seed) / "evaluation" / "results.json")
+        return files.read_json(self.path(arm, seed) / RESULTS)
 
     def _common(self, key: str) -> Any:
         found = {self._of(arm, seed)[key] for arm in self.config.arms for seed in self.seeds}

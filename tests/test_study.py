@@ -1,6 +1,7 @@
 """The study: arms that share what they can, seeds on the same users, and tables of both."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from dpo4rec.evaluation.significance import paired_bootstrap
 from dpo4rec.preference.best_of import best_by_other_half
 from dpo4rec.preference.config import RewardConfig
 from dpo4rec.run_folder import fork, stage_key
-from dpo4rec.study import StudyConfig, load_study
+from dpo4rec.study import Study, StudyConfig, load_study
 
 ARMS = {"aligned": [], "at random": ["pairs.orientation=random"]}
 STUDY = {
@@ -90,6 +91,25 @@ def test_a_finished_study_does_nothing_again(finished: tuple[Path, str, list[str
     result = CliRunner().invoke(app, options)
     assert "0 of 2 seeds" in result.output
     assert (root / "out" / "results.json").read_bytes() == before
+
+
+def test_an_arm_that_was_interrupted_is_not_taken_for_the_one_it_began_as(finished: tuple[Path, str, list[str]], tmp_path: Path) -> None:
+    root, _, options = finished
+    shutil.copytree(root / "out", tmp_path / "out")
+    forked = tmp_path / "out" / "seed-1" / "at-random"
+    shutil.rmtree(forked)
+
+    def interrupt(*_: object) -> None:
+        if forked.exists():
+            raise KeyboardInterrupt
+
+    work = Study(StudyConfig.model_validate(STUDY), tmp_path / "out", options[5::2], announce=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        work.run([1])
+    assert (forked / "round-0" / "scores").is_dir()
+    assert work.unfinished() == [1]
+    with pytest.raises(InputError, match="not done"):
+        work.results()
 
 
 def test_studies_say_what_they_lack(tmp_path: Path) -> None:

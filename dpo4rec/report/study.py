@@ -8,7 +8,7 @@ TEXTS = {"well_formed": "well-formed", "distinct": "distinct", "grounded": "grou
 
 def tables(results: dict[str, Any]) -> str:
     """Conditions with the standard deviation over seeds, comparisons, and the figures."""
-    heading = f"{results['test_users']} test users, {results['seeds']} seeds of the whole loop, lists `{results['lists_hash']}`."
+    heading = f"Test users: {results['test_users']}. Seeds of the whole loop: {results['seeds']}. Lists: `{results['lists_hash']}`."
     conditions = [["condition", *(metric.upper() for metric in METRICS), *TEXTS.values()]]
     for label, of in results["conditions"].items():
         texts = of.get("texts", {})
