@@ -92,5 +92,5 @@ def _differences(a: Tensor, b: Tensor) -> np.ndarray:
     if differences.ndim == 1:
         return differences[~lacking]
     if (lacking.any(0) != lacking.all(0)).any():
-        raise InputError("paired comparison", "the runs have other users", "Give all runs the same data.seed and lists")
+        raise InputError("paired comparison", "the runs have other users", "Give all runs the same data.split_seed")
     return differences[:, ~lacking[0]]
