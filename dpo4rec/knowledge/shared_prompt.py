@@ -33,7 +33,6 @@ class Group:
         self.ids = torch.tensor(ids, device=device)  # [U, P]
         self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         self.beyond = torch.arange(longest, device=device) >= self.lengths[:, None]  # [U, P] true at padding
-        self.shortest = min(map(len, prompts))  # no prompt has padding before
         self.tokens = torch.full((len(prompts) * samples, steps), padding_id, device=device)
         self.rows = torch.arange(len(self.tokens), device=device)  # the slots [R] that still run
         self.prompt: dict[int, tuple[Tensor, Tensor]] = {}  # by layer: keys and values [U, H', P, D]
@@ -75,16 +74,14 @@ class Group:
             room = (slots, heads, self.tokens.shape[1], width)
             self.own[layer] = key.new_zeros(room), key.new_zeros(room)  # rows that have ended are computed with the others, so no NaN
         keys, values = self.own[layer]
-        every = len(self.rows) == slots  # no row has ended: nothing to pick out
-        rows = slice(None) if every else self.rows
-        keys[rows, :, at], values[rows, :, at] = key, value
+        keys[self.rows, :, at], values[self.rows, :, at] = key, value
         keys, values = keys[:, :, : at + 1], values[:, :, : at + 1]
-        scaled = query.view(-1, heads, groups, width) * scaling
-        grid = scaled if every else query.new_zeros(slots, heads, groups, width).index_copy_(0, self.rows, scaled)
+        grid = query.new_zeros(slots, heads, groups, width)
+        grid[self.rows] = query.view(-1, heads, groups, width) * scaling
         # the samples of a prompt are the rows of one matrix product with its keys
-        by_prompt = grid.reshape(users, self.samples, heads, groups, width).transpose(1, 2).reshape(users, heads, -1, width)
+        by_prompt = grid.view(users, self.samples, heads, groups, width).transpose(1, 2).reshape(users, heads, -1, width)
         to_prompt = by_prompt @ self.prompt[layer][0].transpose(2, 3)  # [U, H', N * g, P]
-        to_prompt[..., self.shortest :].masked_fill_(self.beyond[:, None, None, self.shortest :], float("-inf"))
+        to_prompt.masked_fill_(self.beyond[:, None, None], float("-inf"))
         to_own = (grid @ keys.transpose(2, 3)).view(users, self.samples, heads, groups, -1)  # [U, N, H', g, step]
         to_own = to_own.transpose(1, 2).reshape(users, heads, self.samples * groups, -1)
         weights = torch.cat([to_prompt, to_own], -1).softmax(-1, dtype=torch.float32).to(query.dtype)
@@ -92,7 +89,7 @@ class Group:
         found = found.view(users, heads, self.samples, groups, width).transpose(1, 2)
         of_own = weights[..., longest:].view(users, heads, self.samples, groups, -1).transpose(1, 2).reshape(slots, heads, groups, -1)
         found = found.reshape(slots, heads, groups, width) + of_own @ values
-        return (found if every else found[self.rows]).flatten(1, 2)
+        return found[self.rows].flatten(1, 2)
 
 
 def shared_prompt_attention(
