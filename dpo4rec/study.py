@@ -46,8 +46,8 @@ class StudyConfig(Settings):
     settings: list[str] = Field([], description="over the preset, for every arm")
     quick: list[str] = Field(description="over the settings, for a look at a part of it")
     seeds: PositiveInt = 5
-    minutes_per_seed: PositiveFloat = Field(description="measured, on one core")
-    quick_share: float = Field(gt=0, description="time of a quick look / time of a seed, measured")
+    minutes_per_seed: PositiveFloat = Field(description="about, on one core")
+    quick_share: float = Field(gt=0, description="about: time of a quick look / time of a seed")
     arms: dict[str, list[str]] = Field(description="label of an arm: what it changes; the first runs whole, the others start from it")
     aligned: str = Field(description="the arm that the study is about")
     comparisons: list[tuple[str, str]] = Field(description="pairs of conditions: one family of tests")
@@ -89,7 +89,7 @@ class Study:
         announce: as a run's.
 
     Raises:
-        InputError: an arm's settings cannot be used.
+        InputError: an arm's settings cannot be used, or `settings` hold what makes seeds or arms differ.
     """
 
     def __init__(
@@ -98,6 +98,9 @@ class Study:
         self.config, self.folder, self.quick, self.announce = config, folder, quick, announce
         self.settings = [*config.settings, *(config.quick if quick else []), *settings]
         self.seeds = list(range(1 if quick else config.seeds))
+        own = {"seed", *(setting.partition("=")[0] for arm in config.arms.values() for setting in arm)}
+        if taken := sorted(own & {setting.partition("=")[0] for setting in settings}):
+            raise InputError(f"--set {taken[0]}", "the study sets it itself, for seeds and arms to differ", "Leave it out")
         for arm in config.arms:  # a wrong setting is said before anything runs
             if self.settings_of(arm, 0).evaluation.best_of is None:
                 raise InputError("evaluation.best_of", "a study has a row for it", "Set how many texts to choose among")

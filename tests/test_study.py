@@ -119,6 +119,9 @@ def test_studies_say_what_they_lack(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["reproduce", "ml-1m-dpo4rec", "--data", str(tmp_path), "--seed", "9", "--run-dir", str(tmp_path)])
     assert result.exit_code == 2
     assert "--seed 9" in result.output
+    for setting in ("seed=3", "rounds=4"):  # the seeds' and an arm's own
+        with pytest.raises(InputError, match="sets it itself"):
+            Study(load_study("ml-1m-dpo4rec"), tmp_path, ["data.folder=here", setting])
     with pytest.raises(InputError, match="no run folder"):
         fork(tmp_path, tmp_path / "new")
 
