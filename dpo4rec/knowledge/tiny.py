@@ -197,5 +197,7 @@ class WarmUpTrainer(Trainer):
         last = (parts == 0).sum(1) - 1
         first = parts[rows, columns] != parts[rows, columns - 1]
         sources = torch.where(first, last[rows], columns - 1)
-        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[rows, sources]).float(), labels[rows, columns])
+        # index_select, because the gradient of `hidden[rows, sources]` adds in another order each time when there are several threads
+        picked = hidden.flatten(0, 1).index_select(0, rows * hidden.shape[1] + sources)
+        loss = torch.nn.functional.cross_entropy(model.lm_head(picked).float(), labels[rows, columns])
         return (loss, None) if return_outputs else loss
