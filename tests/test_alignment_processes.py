@@ -85,6 +85,7 @@ def test_any_number_of_processes_goes_on_where_others_were_killed(
         assert max(float((one[name] - resumed[name]).abs().max()) for name in one) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_pairs_own_epsilon_is_exact_in_bf16_under_zero(job: Path, tmp_path: Path) -> None:
     """Every step is one pair twice, a process each, with two epsilons: the mean loss follows from the logged margin."""
     draw = np.random.default_rng(0)

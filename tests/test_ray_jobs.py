@@ -1,5 +1,6 @@
 """`ray job submit` against a local head with token authentication: submitted, followed, succeeded, exit status passed on."""
 
+import functools
 import os
 import re
 import secrets
@@ -56,7 +57,9 @@ def start(head: tuple[str, dict[str, str]], log: Path, *options: str, runtime_en
     address, environment = head
     given = ["--runtime-env", str(runtime_env)] if runtime_env else []
     script = [sys.executable, str(ROOT / "ray_jobs" / "submit.py"), "--address", address, *given, "--", *options]
-    return subprocess.Popen(script, stdout=log.open("w"), stderr=subprocess.STDOUT, text=True, env=environment)
+    # tests may themselves run where Ctrl-C is ignored (in the background of a script), and a child would inherit that
+    heed_interrupts = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(script, stdout=log.open("w"), stderr=subprocess.STDOUT, text=True, env=environment, preexec_fn=heed_interrupts)
 
 
 def submit(head: tuple[str, dict[str, str]], *options: str) -> subprocess.CompletedProcess[str]:

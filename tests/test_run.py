@@ -77,7 +77,7 @@ def test_running_again_skips_everything(micro_run: Path, micro: Path) -> None:
 
 
 def test_a_run_that_is_killed_again_and_again_ends_like_an_undisturbed_one(micro_run: Path, micro: Path, tmp_path: Path) -> None:
-    assert kill_and_continue(tmp_path / "killed", options(micro), draw_moments(micro_run, 3, random.Random(0)))
+    assert kill_and_continue(tmp_path / "killed", options(micro), draw_moments(micro_run, 2, random.Random(0)))
     assert fingerprint(tmp_path / "killed") == fingerprint(micro_run)
 
 
