@@ -39,7 +39,14 @@ def test_best_against_worst_and_a_text_out_of_form_loses() -> None:
     assert (reward["prompt_ids"], reward["chosen_ids"], reward["rejected_ids"]) == ([1, 2], [1, 9], [3, 9])
     assert reward["gap"] == pytest.approx(0.2)
     assert (form["chosen"], form["rejected"]) == (" b", " c")  # "c" has the highest reward, but is not well-formed
-    assert report == {"pairs": 2, "below_gap": 0, "tied": 1, "none_well_formed": 0}
+    assert report == {
+        "pairs": 2,
+        "pairs_below_gap": 0,
+        "pairs_unequal_length": 0,
+        "users_tied": 1,
+        "users_none_well_formed": 0,
+        "duplicate_texts": 1,
+    }
 
 
 def test_without_the_gate_the_best_is_chosen_whatever_its_form() -> None:
@@ -50,7 +57,17 @@ def test_without_the_gate_the_best_is_chosen_whatever_its_form() -> None:
 def test_the_smallest_gaps_are_left_out() -> None:
     table, report = make_pairs(PairConfig(format_gate=False, pairs_per_user=2, keep_share=0.5), PROMPTS, SAMPLES, SCORES, seed=0)
     assert [(row["chosen"], row["rejected"]) for row in table.to_pylist()] == [(" c", " d")]
-    assert report["below_gap"] == 1
+    assert report["pairs_below_gap"] == 1
+
+
+def test_pairs_of_unlike_lengths_are_left_out() -> None:
+    lengths = {"b": 6, "d": 2, "c": 3}  # best against worst: 3 times; best against the malformed one: 2 times
+    ids = [list(range(lengths.get(text, 2))) for text in SAMPLES["text"].to_pylist()]
+    samples = SAMPLES.set_column(SAMPLES.column_names.index("token_ids"), "token_ids", pa.array(ids))
+    for most, expected in ((1.5, []), (2.0, [" c"]), (3.0, [" d", " c"])):
+        table, report = make_pairs(PairConfig(max_length_ratio=most), PROMPTS, samples, SCORES, seed=0)
+        assert table["rejected"].to_pylist() == expected
+        assert (report["pairs"], report["pairs_unequal_length"]) == (len(expected), 2 - len(expected))
 
 
 def test_random_orientation_keeps_the_pairs() -> None:

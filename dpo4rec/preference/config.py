@@ -35,6 +35,8 @@ class PairConfig(Settings):
     """1: best against worst; m: also second best against second worst, and so on."""
     keep_share: float = Field(default=1.0, gt=0, le=1)
     """Keep the pairs with the largest gap in reward, this share of them."""
+    max_length_ratio: float | None = Field(default=None, ge=1)
+    """Length control: leave out pairs whose longer text has more than so many times the tokens of the shorter one [any lengths]."""
     format_gate: bool = True
     """A text that is not well-formed is never chosen, and the user's best such text is rejected in a pair of its own."""
     orientation: Literal["reward", "random"] = "reward"

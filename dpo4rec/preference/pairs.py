@@ -1,5 +1,6 @@
 """Preference pairs: the text of a user that made the recommender rank best against the one that made it rank worst."""
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -41,11 +42,10 @@ def make_pairs(config: PairConfig, prompts: pa.Table, samples: pa.Table, scores:
     for row in samples.to_pylist():
         if (row["user_id"], row["sample"]) in judged:
             by_user.setdefault(row["user_id"], []).append(row | judged[row["user_id"], row["sample"]])
-    rows, left_out = [], {"tied": 0, "none_well_formed": 0}
+    rows, left_out = [], Counter({"duplicate_texts": 0, "users_tied": 0, "users_none_well_formed": 0, "pairs_unequal_length": 0})
     for prompt in prompts.to_pylist():
-        found, reason = pairs_of_user(config, by_user[prompt["user_id"]])
-        if reason:
-            left_out[reason] += 1
+        found, of_user = pairs_of_user(config, by_user[prompt["user_id"]])
+        left_out.update(of_user)
         rows += [{**_pair(chosen, rejected), "prompt": prompt["prompt"], "prompt_ids": prompt["prompt_ids"]} for chosen, rejected in found]
     made = len(rows)
     least = np.sort([row["gap"] for row in rows])[::-1][max(1, round(config.keep_share * made)) - 1] if rows else 0.0
@@ -53,12 +53,12 @@ def make_pairs(config: PairConfig, prompts: pa.Table, samples: pa.Table, scores:
     if config.orientation == "random":
         coins = np.random.default_rng(seed).random(len(rows)) < 0.5
         rows = [_turned(row) if coin else row for row, coin in zip(rows, coins, strict=True)]
-    report = {"pairs": len(rows), "below_gap": made - len(rows), **left_out}
+    report = {"pairs": len(rows), "pairs_below_gap": made - len(rows), **left_out}
     return pa.Table.from_pylist(rows, schema=PAIRS), report
 
 
-def pairs_of_user(config: PairConfig, samples: list[Row]) -> tuple[list[tuple[Row, Row]], str | None]:
-    """Up to `pairs_per_user` (chosen, rejected) of distinct texts, best against worst first; or why there is none.
+def pairs_of_user(config: PairConfig, samples: list[Row]) -> tuple[list[tuple[Row, Row]], dict[str, int]]:
+    """Up to `pairs_per_user` (chosen, rejected) of distinct texts, best against worst first; and how much was left out for which reason.
 
     With the format gate these are well-formed texts, and one more pair sets the best of them against the best of the others: however
     well the recommender likes it, a text out of form must not win.
@@ -68,7 +68,7 @@ def pairs_of_user(config: PairConfig, samples: list[Row]) -> tuple[list[tuple[Ro
         distinct.setdefault(row["text"], row)
     ranked = [row for row in distinct.values() if row["well_formed"] or not config.format_gate]
     if not ranked:
-        return [], "none_well_formed"
+        return [], {"duplicate_texts": len(samples) - len(distinct), "users_none_well_formed": 1}
     pairs = [
         (chosen, rejected)
         for chosen, rejected in zip(ranked, reversed(ranked), strict=False)
@@ -76,7 +76,18 @@ def pairs_of_user(config: PairConfig, samples: list[Row]) -> tuple[list[tuple[Ro
     ][: config.pairs_per_user]
     malformed = [row for row in distinct.values() if not row["well_formed"]] if config.format_gate else []
     pairs += [(ranked[0], row) for row in malformed[:1]]
-    return pairs, None if pairs else "tied"
+    kept = [pair for pair in pairs if _like_lengths(config.max_length_ratio, *pair)]
+    left_out = {
+        "duplicate_texts": len(samples) - len(distinct),
+        "users_tied": int(not pairs),
+        "pairs_unequal_length": len(pairs) - len(kept),
+    }
+    return kept, left_out
+
+
+def _like_lengths(most: float | None, chosen: Row, rejected: Row) -> bool:
+    lengths = sorted(len(row["token_ids"]) for row in (chosen, rejected))
+    return most is None or lengths[1] <= most * lengths[0]
 
 
 def _pair(chosen: Row, rejected: Row) -> Row:
