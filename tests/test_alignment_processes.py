@@ -61,7 +61,7 @@ def test_the_launcher_agrees_under_zero(job: Path, where: str, stage: int) -> No
     [
         pytest.param({}, 0, 1, 2, id="lora", marks=pytest.mark.slow),
         pytest.param({"quantization": "nf4"}, 2, 2, 1, id="qlora-zero-2", marks=pytest.mark.slow),
-        pytest.param({"quantization": "nf4"}, 3, 2, 2, id="qlora-zero-3"),
+        pytest.param({"quantization": "nf4"}, 3, 2, 2, id="qlora-zero-3", marks=pytest.mark.slow),
         pytest.param({"weights": "full"}, 3, 2, 3, id="full-zero-3", marks=pytest.mark.slow),
     ],
 )
