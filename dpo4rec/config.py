@@ -111,9 +111,7 @@ class Config(Settings):
                 "reward.kind=log_likelihood needs recommender.loss=bce: a softmax over a list leaves the level of its logits free"
             )
         if self.alignment.method != "preference":
-            unread = {"pairs_per_user", "keep_share", "max_length_ratio", "orientation"} & self.pairs.model_dump(
-                exclude_defaults=True
-            ).keys()
+            unread = self.pairs.model_dump(exclude_defaults=True).keys() - {"format_gate"}
             if unread:
                 raise ValueError(f"pairs.{min(unread)} would be ignored: alignment.method={self.alignment.method} trains on no pairs")
         if self.sampling.engine == "vllm":

@@ -42,7 +42,7 @@ def make_pairs(config: PairConfig, prompts: pa.Table, samples: pa.Table, scores:
     for row in samples.to_pylist():
         if (row["user_id"], row["sample"]) in judged:
             by_user.setdefault(row["user_id"], []).append(row | judged[row["user_id"], row["sample"]])
-    rows, left_out = [], Counter({"duplicate_texts": 0, "users_tied": 0, "users_none_well_formed": 0, "pairs_unequal_length": 0})
+    rows, left_out = [], Counter[str]()
     for prompt in prompts.to_pylist():
         found, of_user = pairs_of_user(config, by_user[prompt["user_id"]])
         left_out.update(of_user)
@@ -57,7 +57,7 @@ def make_pairs(config: PairConfig, prompts: pa.Table, samples: pa.Table, scores:
     return pa.Table.from_pylist(rows, schema=PAIRS), report
 
 
-def pairs_of_user(config: PairConfig, samples: list[Row]) -> tuple[list[tuple[Row, Row]], dict[str, int]]:
+def pairs_of_user(config: PairConfig, samples: list[Row]) -> tuple[list[tuple[Row, Row]], Counter[str]]:
     """Up to `pairs_per_user` (chosen, rejected) of distinct texts, best against worst first; and how much was left out for which reason.
 
     With the format gate these are well-formed texts, and one more pair sets the best of them against the best of the others: however
@@ -67,21 +67,21 @@ def pairs_of_user(config: PairConfig, samples: list[Row]) -> tuple[list[tuple[Ro
     for row in sorted(samples, key=lambda row: (-row["standardised"], row["sample"])):
         distinct.setdefault(row["text"], row)
     ranked = [row for row in distinct.values() if row["well_formed"] or not config.format_gate]
-    if not ranked:
-        return [], {"duplicate_texts": len(samples) - len(distinct), "users_none_well_formed": 1}
     pairs = [
         (chosen, rejected)
         for chosen, rejected in zip(ranked, reversed(ranked), strict=False)
         if chosen["standardised"] > rejected["standardised"]  # past the middle of the ranking the worst is no longer worse
     ][: config.pairs_per_user]
     malformed = [row for row in distinct.values() if not row["well_formed"]] if config.format_gate else []
-    pairs += [(ranked[0], row) for row in malformed[:1]]
+    if ranked:
+        pairs += [(ranked[0], row) for row in malformed[:1]]
     kept = [pair for pair in pairs if _like_lengths(config.max_length_ratio, *pair)]
-    left_out = {
-        "duplicate_texts": len(samples) - len(distinct),
-        "users_tied": int(not pairs),
-        "pairs_unequal_length": len(pairs) - len(kept),
-    }
+    left_out = Counter(
+        duplicate_texts=len(samples) - len(distinct),
+        users_none_well_formed=int(not ranked),
+        users_tied=int(bool(ranked) and not pairs),
+        pairs_unequal_length=len(pairs) - len(kept),
+    )
     return kept, left_out
 
 
