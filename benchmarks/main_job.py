@@ -2,14 +2,14 @@
 
     python benchmarks/main_job.py quickstart runs/quickstart -- --preset quickstart
     python benchmarks/main_job.py ml_1m runs/ml-1m -- --preset ml-1m --data data/ml-1m
-    python benchmarks/main_job.py quickstart runs/quickstart    # records what `make quickstart` has left, runs nothing
 
-Writes benchmarks/results/<name>.json; the raw part is the run's results.json and the seconds of each stage, whose sum is `minutes`.
+Writes benchmarks/results/<name>.json; the raw part is the run's results.json and the seconds of each stage.
 """
 
 import argparse
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from benchmarks.interruptions import command, split_at_dashes
@@ -20,18 +20,19 @@ from dpo4rec.files import read_json
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name")
-    parser.add_argument("run_dir", type=Path, help="with options after -- it must not exist yet, without them it must be finished")
+    parser.add_argument("run_dir", type=Path, help="must not exist: the time of a continued run means nothing")
     own, options = split_at_dashes(sys.argv[1:])
     given = parser.parse_args(own)
-    if options and given.run_dir.exists():
+    if given.run_dir.exists():
         parser.error(f"{given.run_dir} is there already")
-    if options:
-        subprocess.run(command(given.run_dir, options), check=True)
+    begun = time.monotonic()
+    subprocess.run(command(given.run_dir, options), check=True)
+    minutes = (time.monotonic() - begun) / 60
     results, stages = read_json(given.run_dir / "evaluation" / "results.json"), read_json(given.run_dir / "manifest.json")["stages"]
     compared = {f"{row['a']} - {row['b']}": row for row in results["comparisons"] if row["metric"] == "ndcg@5"}
     main_row, shared = compared["tuned text - untuned text"], compared["tuned text, shared recommender - untuned text, shared recommender"]
     figures = {
-        "minutes": round(sum(stage["seconds"] for stage in stages.values()) / 60, 1),
+        "minutes": round(minutes, 1),
         "test_users": results["test_users"],
         "seeds": results["seeds"],
         **{f"ndcg@5 {label}": round(values["ndcg@5"], 4) for label, values in results["metrics"].items()},
