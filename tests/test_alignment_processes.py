@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -123,29 +124,39 @@ def kill_a_rank(checkpoint: Path) -> None:
     max(workers, key=lambda worker: worker.create_time()).kill()
 
 
-def test_ray_train_agrees_survives_a_lost_rank_and_hands_errors_back(job: Path, tmp_path: Path) -> None:
-    damaged, long = job / "damaged", tmp_path / "round-0"
+@pytest.fixture
+def local_ray() -> Iterator[None]:
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_ray_train_agrees_and_hands_errors_back(job: Path) -> None:
+    damaged = job / "damaged"
     config = AlignmentConfig(**{**SETTINGS, "workers": 2})
     write_parquet(pa.table({"prompt": ["w1"]}), damaged / "pairs.parquet")
     bad = write_job(damaged, config, str(job / "model"), damaged / "pairs.parquet", None, seed=0, threads=1)
-    patient = AlignmentConfig(**{**SETTINGS, "epochs": 20})
-    of_long = write_job(long, patient, str(job / "model"), job / "pairs.parquet", None, seed=0, threads=1)
-    read_job(long).run(long / "one")
-    killer = threading.Thread(target=kill_a_rank, args=[long / ".adapter.checkpoints" / "checkpoint-6" / "complete"], daemon=True)
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    try:
-        align_on_ray(job / "alignment.json", workers=2)
-        killer.start()
-        align_on_ray(of_long, workers=2)
-        with pytest.raises(InputError, match="columns are missing"):
-            align_on_ray(bad, workers=2, retries=0)
-    finally:
-        ray.shutdown()
+    align_on_ray(job / "alignment.json", workers=2)
+    with pytest.raises(InputError, match="columns are missing"):
+        align_on_ray(bad, workers=2, retries=0)
     np.testing.assert_allclose(steps_of(job / "adapter")[:10], steps_of(job / "one")[:10], atol=1e-3)
     assert not (job / ".ray-train").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_ray_train_survives_a_lost_rank(job: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "round-0"
+    config = AlignmentConfig(**{**SETTINGS, "workers": 2, "epochs": 20})
+    written = write_job(folder, config, str(job / "model"), job / "pairs.parquet", None, seed=0, threads=1)
+    read_job(folder).run(folder / "one")
+    killer = threading.Thread(target=kill_a_rank, args=[folder / ".adapter.checkpoints" / "checkpoint-6" / "complete"], daemon=True)
+    killer.start()
+    align_on_ray(written, workers=2)
     assert not killer.is_alive()
-    assert json.loads((long / "adapter" / "summary.json").read_text())["resumed_from"] >= 6
-    one, resumed = (load_file(long / name / "adapter_model.safetensors") for name in ("one", "adapter"))
+    assert json.loads((folder / "adapter" / "summary.json").read_text())["resumed_from"] >= 6
+    one, resumed = (load_file(folder / name / "adapter_model.safetensors") for name in ("one", "adapter"))
     assert max(float((one[name] - resumed[name]).abs().max()) for name in one) < 1e-5
 
 
