@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo4rec import files
+from dpo4rec.alignment.config import check_tracking
 from dpo4rec.alignment.job import OnlineSettings, read_job, write_job
-from dpo4rec.alignment.tracking import check_tracking
 from dpo4rec.cluster.connect import start_ray
 from dpo4rec.cluster.units import Files
 from dpo4rec.cluster.worker import Step

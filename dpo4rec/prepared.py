@@ -17,7 +17,6 @@ from dpo4rec.files import ROWS_A_GROUP, batches, read_parquet
 from dpo4rec.knowledge.facts import Catalogue
 from dpo4rec.knowledge.language_model import load_tokenizer
 from dpo4rec.knowledge.prompts import prompt_table
-from dpo4rec.knowledge.tiny import warm_up
 from dpo4rec.preference.folds import fold_table
 from dpo4rec.stages import Report, Stages
 
@@ -59,6 +58,8 @@ class Prepared(Stages):
         settings = {"tiny": tiny.model_dump(), "prompt": config.prompt.model_dump(), "threads": config.cluster.training_threads}
 
         def work() -> Report:
+            from dpo4rec.knowledge.tiny import warm_up  # the Trainer takes seconds to import
+
             histories, threshold = pa.concat_tables(self.training_histories()), config.data.like_threshold
             return warm_up(tiny, config.prompt, self.catalogue, histories, self.profiles, threshold, config.seed, out)
 

@@ -11,12 +11,12 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo4rec.alignment.arguments import release_shared_memory
 from dpo4rec.alignment.checkpoints import LOG, step_of
-from dpo4rec.alignment.config import AlignmentConfig, Tracking
+from dpo4rec.alignment.config import AlignmentConfig, Tracking, check_tracking
 from dpo4rec.alignment.methods import Start, build
 from dpo4rec.alignment.online import Online
 from dpo4rec.alignment.policy import check_written, whole_weights, write_policy
 from dpo4rec.alignment.policy_trainer import PolicyTrainer
-from dpo4rec.alignment.tracking import check_tracking, tracker_of
+from dpo4rec.alignment.tracking import tracker_of
 from dpo4rec.errors import InputError
 from dpo4rec.files import atomic, content_hash, remove, write_json
 

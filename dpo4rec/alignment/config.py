@@ -1,9 +1,11 @@
 """What an alignment run may be told, and which combinations cannot work."""
 
+import importlib.util
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from dpo4rec.errors import InputError
 from dpo4rec.settings import Settings
 
 Objective = Literal["sigmoid", "smoothed", "robust", "margin", "hinge", "ipo", "simpo", "softmax", "dmpo"]
@@ -134,3 +136,9 @@ class AlignmentConfig(Settings):
         given = [name for name in names if getattr(self, name) != fields[name].default]
         if given:
             raise ValueError(f"{', '.join(given)} would be ignored with {with_}. Leave out (or set to the default), or change the other")
+
+
+def check_tracking(name: Tracking) -> None:
+    """Raises `InputError` when the tracker's package is not installed."""
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise InputError("tracking", f"it is {name}, and that package is not installed", f"Run: pip install {name}, or set tracking=none")

@@ -7,7 +7,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dpo4rec.alignment.align import align
 from dpo4rec.alignment.config import AlignmentConfig, Tracking
 from dpo4rec.alignment.online import Online, read_reward
 from dpo4rec.errors import InputError
@@ -44,6 +43,8 @@ class Job:
     online: OnlineSettings | None
 
     def run(self, out: Path, tracking: Tracking = "none") -> None:
+        from dpo4rec.alignment.align import align  # takes seconds to import, which a driver that aligns nothing need not spend
+
         named = self.online
         online = Online(named.decoding, read_reward(named.worker, self.folder / named.settings)) if named else None
         start = (self.config, self.model, self.pairs, self.initial_adapter, self.seed, out, self.threads, self.round_0_adapter)

@@ -3,7 +3,6 @@
 The tables of record are `training_log.jsonl` and `summary.json`; a tracker gets the same lines, and whatever befalls it befalls it alone.
 """
 
-import importlib.util
 import logging
 from collections.abc import Callable
 from functools import cached_property
@@ -14,15 +13,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 
 from dpo4rec.alignment.config import Tracking
-from dpo4rec.errors import InputError
 
 logger = logging.getLogger(__name__)
-
-
-def check_tracking(name: Tracking) -> None:
-    """Raises `InputError` when the tracker's package is not installed."""
-    if name != "none" and importlib.util.find_spec(name) is None:
-        raise InputError("tracking", f"it is {name}, and that package is not installed", f"Run: pip install {name}, or set tracking=none")
 
 
 def tracker_of(name: Tracking, folder: Path) -> TrainerCallback:
