@@ -48,13 +48,15 @@ def launch(*arguments: Any) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(("where", "stage"), [("--num-processes", 2), ("--hostfile", 3)])
-def test_the_launcher_agrees_under_zero(job: Path, where: str, stage: int) -> None:
-    out, hosts = job / f"zero-{stage}", job / "hosts"
+def test_the_launcher_agrees_under_zero(job: Path, where: str, stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, hosts, extensions = job / f"zero-{stage}", job / "hosts", job / "extensions"
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(extensions))
     hosts.write_text("# this machine alone, which needs no ssh\nlocalhost slots=2\n")
     done = launch(job, where, hosts if where == "--hostfile" else 2, "--zero", stage, "--out", out)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((out / "summary.json").read_text())["zero_stage"] == stage
     np.testing.assert_allclose(steps_of(out)[:10], steps_of(job / "one")[:10], atol=1e-3)
+    assert not extensions.exists()  # DeepSpeed has compiled nothing
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dpo4rec.alignment.arguments import release_shared_memory
 from dpo4rec.alignment.checkpoints import LOG, step_of
 from dpo4rec.alignment.config import AlignmentConfig, Tracking, check_tracking
 from dpo4rec.alignment.methods import Start, build
@@ -74,7 +73,6 @@ def align(
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     summary |= {"pairs_hash": content_hash(pairs), "resumed_from": step_of(checkpoint) if checkpoint else 0}
     _finish(trainer, out, summary, start.tokenizer if config.weights == "full" else None)
-    release_shared_memory()
 
 
 def _finish(trainer: PolicyTrainer, out: Path, summary: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> None:

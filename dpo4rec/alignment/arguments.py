@@ -1,6 +1,5 @@
 """What a run tells the Trainer: one place for the optimizer, the processes, the checkpoints and the log, whatever the method."""
 
-import os
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +28,9 @@ def training_arguments(
     """
     cuda = torch.cuda.is_available()
     if config.zero_stage:
+        if not cuda:
+            # an all-reduce through shared memory, which DeepSpeed would compile for a minute at first and which leaves 66 MiB a run there
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # ZeRO-3 cuts the model while it is loaded: DeepSpeed must know the processes by then, which on CPU nobody else tells it
         deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False)
     values: dict[str, Any] = {
@@ -58,13 +60,6 @@ def training_arguments(
         "report_to": [],
     }
     return kind(**(values | more))
-
-
-def release_shared_memory() -> None:
-    """Removes what DeepSpeed on CPU leaves of this process in shared memory: 66 MiB a run, for ever. What still uses it keeps it."""
-    run = "_".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
-    for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{run}"):
-        buffer.unlink(missing_ok=True)
 
 
 def deepspeed_file(config: AlignmentConfig) -> Path:
