@@ -51,7 +51,7 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 MICRO = {
     "rounds": 1,
     "data": {"simulation": {"users": 120, "items": 150, "interactions_per_user": 24}, "max_lists_per_user": 2},
-    "llm": {"tiny": {"hidden_size": 32, "layers": 2, "prompts": 1280, "checkpoint_every_steps": 10}},
+    "llm": {"tiny": {"hidden_size": 32, "layers": 2, "prompts": 320, "prompts_per_step": 8, "checkpoint_every_steps": 10}},
     "sampling": {"samples": 3, "users_per_unit": 16, "decoding": {"max_new_tokens": 12}},
     "encoder": {"dimensions": 16},
     "recommender": {"epochs": 1, "embedding_dim": 8, "hidden_dim": 16, "expert_hidden_dim": 16},

@@ -349,5 +349,5 @@ def test_a_run_with_rejection_sampling_imitates_the_best_texts(micro_run: Path, 
     best = {row["user_id"] for row in read_parquet(micro_run / "round-0" / "pairs" / "answers.parquet").to_pylist()}
     assert read_json(adapter / "summary.json")["answers"] == len(best)
     losses = steps_of(adapter)
-    assert losses[-1] < losses[0]
+    assert np.mean(losses[len(losses) // 2 :]) < np.mean(losses[: len(losses) // 2])  # the second epoch against the first
     assert (tmp_path / "run" / "round-1" / "samples").is_dir()
