@@ -79,7 +79,7 @@ def test_a_submitted_job_is_followed_and_its_success_passed_on(head: tuple[str, 
     done = submit(head, "--preset", "quickstart", "--run-dir", str(tmp_path / "run"), "--dry-run")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "ray job submit --address" in done.stdout
-    assert "round-1/align" in done.stdout  # the job's own output was followed
+    assert "round-2: sample" in done.stdout  # the job's own output was followed
     assert head[1]["RAY_AUTH_TOKEN"] not in done.stdout + done.stderr
 
 
