@@ -150,7 +150,7 @@ def test_ray_train_agrees_and_hands_errors_back(job: Path) -> None:
 @pytest.mark.usefixtures("local_ray")
 def test_ray_train_survives_a_lost_rank(job: Path, tmp_path: Path) -> None:
     folder = tmp_path / "round-0"
-    config = AlignmentConfig(**{**SETTINGS, "workers": 2, "epochs": 20})
+    config = AlignmentConfig(**{**SETTINGS, "epochs": 20})
     written = write_job(folder, config, str(job / "model"), job / "pairs.parquet", None, seed=0, threads=1)
     read_job(folder).run(folder / "one")
     killer = threading.Thread(target=kill_a_rank, args=[folder / ".adapter.checkpoints" / "checkpoint-6" / "complete"], daemon=True)
