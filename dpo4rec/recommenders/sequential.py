@@ -39,7 +39,9 @@ class SequentialConfig(Settings):
     tokens_per_step: int = Field(12_800, ge=1, description="places (items and padding) of one batch")
     epochs: int = Field(60, ge=1, description="the epoch best on the validation targets is kept")
     patience: int = Field(10, ge=1, description="epochs without a better one after which the fit ends")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the matrix products; weights stay fp32")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of the matrix products; weights stay fp32. bf16 is for processors that have it, as AVX-512 does"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
