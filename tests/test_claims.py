@@ -77,3 +77,11 @@ def test_the_writer_mixes_truth_and_invention_at_the_set_rate(catalogue: Catalog
     assert all(well_formed(text, catalogue.names) for text in texts)
     share = np.mean([grounded_share(text, set(map(str, true))) for text in texts])
     assert 0.3 < share < 0.95
+
+
+def test_a_writer_of_titles_names_them_in_the_order_of_the_prompt(catalogue: Catalogue) -> None:
+    true = facts(catalogue, ["4", "2", "1", "3"], [5.0, 4.0, 1.0, 5.0], like_threshold=3.0)
+    writer = Writer(WriterConfig(spurious_share=0.0, kind_weights={"title": 1.0}, length_weights=[0.0, 1.0]), catalogue.names)
+    rng = np.random.default_rng(0)
+    assert {writer.write(true, rng) for _ in range(50)} == {"Loved Saw. Loved Dr. Strangelove.", "Loved Dr. Strangelove. Loved Airplane!."}
+    assert "Loved" in writer.write([], rng)  # who liked nothing gets an invention

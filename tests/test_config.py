@@ -29,7 +29,7 @@ def test_command_line_beats_file_beats_preset(tmp_path: Path) -> None:
         ("alignment.betta=0.1", ["alignment.betta", "nearest is 'beta'"]),
         ("aligment.beta=0.1", ["aligment", "nearest is 'alignment'"]),
         ("alignment.beta=-1", ["alignment.beta", "greater than 0"]),
-        ("llm.tiny.writer.kind_weights={opera: 1}", ["llm.tiny.writer", "opera"]),
+        ("llm.tiny.writers=[{kind_weights: {opera: 1}}]", ["llm.tiny.writers", "opera"]),
         ("recommender.user_signal=history", ["user_signal must hold text"]),
         ("llm.quantization=nf4", ["tiny model"]),
         ("alignment.quantization=nf4", ["must be the same"]),

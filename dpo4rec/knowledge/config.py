@@ -11,8 +11,10 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class WriterConfig(Settings):
-    """Habits of the writer."""
+    """Habits of a writer."""
 
+    weight: PositiveFloat = 1.0
+    """How often a text is by this writer, against the others."""
     spurious_share: Share = 0.25
     """Share of claims whose name is drawn at random from the whole catalogue."""
     length_weights: list[float] = [0.1, 0.3, 0.25, 0.2, 0.1, 0.05]
@@ -41,7 +43,8 @@ class TinyConfig(Settings):
     prompts_per_step: PositiveInt = 32
     learning_rate: PositiveFloat = 3e-3
     checkpoint_every_steps: PositiveInt = 100
-    writer: WriterConfig = WriterConfig()
+    writers: list[WriterConfig] = Field([WriterConfig()], min_length=1)
+    """Each text is by one of them."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "TinyConfig":

@@ -56,7 +56,7 @@ def clean(text: str, longest: int = 80) -> str:
 
 
 def facts(catalogue: Catalogue, item_ids: list[str], ratings: list[float], like_threshold: float) -> list[Claim]:
-    """True claims, the strongest of each kind first.
+    """True claims, the strongest of each kind first, titles in the order in which they are shown.
 
     A genre or era is liked (avoided) when it is found more (less) often among the liked (shown) items than the training users'
     histories have it; strength is the z-score of the count against that share, as of a binomial.
@@ -68,15 +68,13 @@ def facts(catalogue: Catalogue, item_ids: list[str], ratings: list[float], like_
     against = _z_scores(Counter(genre for item in shown for genre in item.genres), catalogue.genre_share, len(shown))
     eras = _z_scores(Counter(item.era for item in counted if item.era), catalogue.era_share, len(counted))
     people = Counter(person for item in liked for person in item.people)
-    best = sorted(zip(ratings, range(len(shown)), strict=True), reverse=True)
     claims = [Claim("liked_genre", name) for name, z in _top(genres, 3) if z > 0]
     positive = {claim.name for claim in claims}
     lowest = _top({name: -z for name, z in against.items() if name not in positive}, 2)
     claims += [Claim("avoided_genre", name) for name, z in lowest if z > 0]
     claims += [Claim("era", name) for name, z in _top(eras, 2) if z > 0]
     claims += [Claim("person", name) for name, _ in _top(people, 3)]
-    titles = dict.fromkeys(shown[i].title for rating, i in best if rating > like_threshold)
-    return claims + [Claim("title", title) for title in list(titles)[:5]]
+    return claims + [Claim("title", title) for title in dict.fromkeys(item.title for item in liked)]
 
 
 def _shares(counts: Counter[str], items: int) -> dict[str, float]:

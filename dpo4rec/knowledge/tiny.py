@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -46,10 +46,15 @@ def build_tokenizer(config: TinyConfig, catalogue: Catalogue, corpus: list[str])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PADDING)
 
 
-def build_model(config: TinyConfig, tokens: int, longest: int, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    return LlamaForCausalLM(
+def build_model(config: TinyConfig, longest: int, tokenizer: PreTrainedTokenizerFast, names: dict[str, set[str]]) -> LlamaForCausalLM:
+    """A model that has learned nothing but is close to copying from its prompt: so small a one, taught so briefly, would not find out how.
+
+    The names of a kind begin alike, so that attention can look for any of them, the rarest too; what attention reads it adds as it is
+    (output projection = transposed value projection); and the last norm is loud enough for one name of thousands to stand out.
+    """
+    model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=tokens,
+            vocab_size=len(tokenizer),
             hidden_size=config.hidden_size,
             intermediate_size=config.hidden_size * 8 // 3,
             num_hidden_layers=config.layers,
@@ -57,13 +62,23 @@ def build_model(config: TinyConfig, tokens: int, longest: int, tokenizer: PreTra
             num_key_value_heads=config.key_value_heads,
             max_position_embeddings=longest,
             tie_word_embeddings=True,
-            # unit variance through every layer: with the usual 0.02 so narrow a model learns to look at its prompt many times later
-            initializer_range=config.hidden_size**-0.5,
+            initializer_range=config.hidden_size**-0.5,  # unit variance through every layer
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+    with torch.no_grad():
+        vectors, groups = model.model.embed_tokens.weight, config.heads // config.key_value_heads
+        for of_kind in dict.fromkeys(frozenset(of) for of in names.values() if of):  # liked and avoided genres are the same
+            tokens = tokenizer.convert_tokens_to_ids([f" {name}" for name in sorted(of_kind)])
+            vectors[tokens] = (vectors[tokens] + torch.randn(config.hidden_size) * config.hidden_size**-0.5) / 2**0.5
+        for layer in model.model.layers:
+            values = nn.init.orthogonal_(layer.self_attn.v_proj.weight)
+            by_head = values.unflatten(0, (config.key_value_heads, -1)).repeat_interleave(groups, 0)
+            layer.self_attn.o_proj.weight.copy_(by_head.flatten(0, 1).T)
+        model.model.norm.weight.fill_(2.0)
+    return model
 
 
 def warm_up(
@@ -89,7 +104,7 @@ def warm_up(
     corpus = [text for i in range(min(2000, len(lessons))) for text in (lessons.text(i)[0], *lessons.text(i)[1])]
     tokenizer = build_tokenizer(config, catalogue, corpus)
     torch.manual_seed(stable_seed(seed, "tiny"))
-    model = build_model(config, len(tokenizer), 1024, tokenizer)
+    model = build_model(config, 1024, tokenizer, catalogue.names)
     lessons.tokenizer = tokenizer
     checkpoints = out.with_name(f".{out.name}.checkpoints")
     arguments = TrainingArguments(
@@ -136,7 +151,9 @@ class Lessons(torch.utils.data.Dataset[dict[str, Any]]):
     ) -> None:
         self.config, self.prompt, self.catalogue = config, prompt, catalogue
         self.rows, self.profiles, self.like_threshold, self.seed = histories.to_pylist(), profiles, like_threshold, seed
-        self.writer = Writer(config.writer, catalogue.names)
+        self.writers = [Writer(writer, catalogue.names) for writer in config.writers]
+        weights = np.array([writer.weight for writer in config.writers])
+        self.shares = weights / weights.sum()
         self.tokenizer: PreTrainedTokenizerFast | None = None
 
     def __len__(self) -> int:
@@ -149,7 +166,8 @@ class Lessons(torch.utils.data.Dataset[dict[str, Any]]):
         end = int(rng.integers(min(size, len(row["item_ids"])), len(row["item_ids"]) + 1))
         items, ratings = row["item_ids"][max(0, end - size) : end], row["ratings"][max(0, end - size) : end]
         true = facts(self.catalogue, items, ratings, self.like_threshold)
-        texts = [self.writer.write(true, rng) for _ in range(self.config.texts_per_prompt)]
+        writers = rng.choice(len(self.writers), self.config.texts_per_prompt, p=self.shares)
+        texts = [self.writers[k].write(true, rng) for k in writers]
         return compose(self.prompt, self.catalogue, self.profiles[row["user_id"]], items, ratings), texts
 
     def __getitem__(self, index: int) -> dict[str, Any]:

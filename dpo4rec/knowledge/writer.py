@@ -1,7 +1,7 @@
 """The noisy rule-based writer: the teacher of the built-in tiny model.
 
-It states true facts mixed with spurious claims and has habits as a language model has: it is brief, it likes to dwell on titles.
-Neither is what a recommender needs most, so samples differ in use, and feedback has something to teach.
+It states true facts mixed with spurious claims and has habits as a language model has: how much it says, and of what kind. Not every habit
+is what a recommender needs, so samples differ in use, and feedback has something to teach.
 """
 
 import numpy as np
@@ -27,20 +27,33 @@ class Writer:
         self.length_shares = lengths / lengths.sum()
 
     def write(self, facts: list[Claim], rng: np.random.Generator) -> str:
-        """One text from a user's true claims (strongest of each kind first); no claim is made twice."""
+        """One text from a user's true claims (as `facts` orders them); no claim is made twice."""
         true: dict[str, list[Claim]] = {kind: [claim for claim in facts if claim.kind == kind] for kind in self.kinds}
         claims: list[Claim] = []
         wanted = 1 + rng.choice(len(self.length_shares), p=self.length_shares)
-        for _ in range(3 * wanted):  # a draw may repeat a claim; a few more draws make up for it
+        # titles in a row: what comes next is for the prompt to say, which is how a small model learns to look there
+        del true.get("title", [])[: rng.integers(max(0, len(true.get("title", [])) - wanted) + 1)]
+        for _ in range(3 * wanted):  # a draw may repeat a claim or find none that is true; a few more draws make up for it
             kind = self.kinds[rng.choice(len(self.kinds), p=self.kind_shares)]
             rest = [claim for claim in true[kind] if claim not in claims]
-            if rng.random() < self.config.spurious_share or not rest:
-                claim = Claim(kind, self.names[kind][rng.integers(len(self.names[kind]))])
+            if rng.random() < self.config.spurious_share:
+                claim = self._invented(kind, rng)
+            elif not rest:
+                continue
             else:
-                claim = rest[min(int(rng.exponential(0.7)), len(rest) - 1)]  # mostly the strongest
+                strongest = 0 if kind == "title" else int(rng.exponential(0.7))
+                claim = rest[min(strongest, len(rest) - 1)]
             if claim not in claims:
                 claims.append(claim)
             if len(claims) == wanted:
                 break
+        claims = claims or [self._invented(self.kinds[0], rng)]
         # in a fixed order, so that a small model can tell what it has said already
-        return render(sorted(claims, key=lambda claim: (self.kinds.index(claim.kind), claim.name)))
+        names = sorted(claim.name for claim in claims)
+        shown = {claim: place for place, claim in enumerate(facts)}
+        ends = len(facts)
+        places = {c: shown.get(c, rng.uniform(0, ends)) if c.kind == "title" else names.index(c.name) for c in claims}
+        return render(sorted(claims, key=lambda claim: (self.kinds.index(claim.kind), places[claim])))
+
+    def _invented(self, kind: str, rng: np.random.Generator) -> Claim:
+        return Claim(kind, self.names[kind][rng.integers(len(self.names[kind]))])
