@@ -134,15 +134,11 @@ def _drawn(user_vectors: Tensor | None, users: Tensor, generator: Generator) -> 
 
 
 def _validation_ndcg(model: Reranker, data: RankingData, user_vectors: Tensor | None, lists: Tensor) -> float:
-    """Mean over users of the mean NDCG@k over their lists and texts, k = `selection_cutoff`."""
+    """Mean over users of the mean NDCG@k over their lists, k = `selection_cutoff`; a user's texts take turns at the lists."""
     users = data.list_users[lists]
-    texts = 1 if user_vectors is None else user_vectors.shape[1]
-    values = []
-    for sample in range(texts):
-        logits = logits_of(model, data, lists, None if user_vectors is None else user_vectors[users, sample])
-        values.append(ndcg(logits, data.labels[lists], model.config.selection_cutoff))
-    means = per_user(torch.cat(values), users.repeat(texts), len(data.user_ids))
-    return float(means.nanmean())
+    vectors = None if user_vectors is None else user_vectors[users, torch.arange(len(lists)) % user_vectors.shape[1]]
+    values = ndcg(logits_of(model, data, lists, vectors), data.labels[lists], model.config.selection_cutoff)
+    return float(per_user(values, users, len(data.user_ids)).nanmean())
 
 
 def _check(
