@@ -40,8 +40,15 @@ SIGNALS = {
     "shuffled": ("text", True, "shuffled"),
     "history+untuned": ("history+text", True, "untuned"),
 }
-"""Label -> user signal, item text, whose texts. MIR reads the history always, so its text rows are history+text."""
-COMPARED = (("history", "none"), ("untuned", "item text"), ("untuned", "titles"), ("untuned", "shuffled"), ("history+untuned", "history"))
+"""Label -> user signal, item text, whose texts."""
+COMPARED = (
+    ("history", "none"),
+    ("titles", "history"),
+    ("untuned", "item text"),
+    ("untuned", "titles"),
+    ("untuned", "shuffled"),
+    ("history+untuned", "history"),
+)
 
 
 def write_texts(source: Path, data: Path, out: Path, seed: int) -> None:
@@ -69,9 +76,6 @@ def fits(protocol: str, texts: Path) -> list[tuple[str, str, list[str], list[str
     found = []
     for model in MODELS:
         for label, (signal, item_text, whose) in SIGNALS.items():
-            if model == "mir" and (signal == "none" or label == "history+untuned"):
-                continue
-            signal = "history+text" if model == "mir" and whose else signal
             own = [f"recommender.user_signal={signal}", f"recommender.item_text={str(item_text).lower()}", *SETTINGS[protocol]]
             found.append((f"{model}-{label.replace(' ', '-')}", model, own, [str(texts / f"{whose}.parquet")] if whose else []))
     return found

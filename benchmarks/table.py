@@ -25,9 +25,21 @@ def benchmarks_page() -> str:
         about = result["machine"]
         device = about.get("gpu", f"{about['cores']} cores")
         machine = f"{device}, {about['processor']}, torch {result['versions']['torch']}"
-        parts.append(f"## {path.stem}\n\n`{result['command']}`, {result['date'][:10]}, {machine}\n\n| figure | value |\n|---|---|")
+        lists = "".join(f", lists `{found}`" for found in sorted(hashes(result["raw"])))
+        made = f"`{result['command']}`, {result['date'][:10]}, {machine}{lists}"
+        parts.append(f"## {path.stem}\n\n{made}\n\n| figure | value |\n|---|---|")
         parts.append("\n".join(f"| {name} | {value:g} |" for name, value in result["figures"].items()) + "\n")
     return "\n".join(parts)
+
+
+def hashes(raw: Any) -> set[str]:
+    """The hashes of the candidate lists that a result was measured on: two results compare only where they agree."""
+    if isinstance(raw, list):
+        return {found for value in raw for found in hashes(value)}
+    if not isinstance(raw, dict):
+        return set()
+    own = {value for name, value in raw.items() if name in ("lists_hash", "candidates_hash") and isinstance(value, str)}
+    return own | {found for value in raw.values() for found in hashes(value)}
 
 
 def result_table(results: dict[str, Any]) -> str:
