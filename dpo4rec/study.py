@@ -1,7 +1,8 @@
 """A study: the method and its rivals over several seeds of the whole loop, and the table that says whether the alignment helps.
 
 Of every seed each arm has a run folder `seed-<k>/<arm>`; the first arm runs whole, the others begin as forks of it and make anew what
-differs. Test users are the same in all of them, and are read when an arm is evaluated.
+differs. Ablations change one thing of the arm that the study is about, and begin as forks of that, of one seed. Test users are the same in
+all of them, and are read when an arm is evaluated.
 """
 
 from collections.abc import Callable
@@ -35,6 +36,20 @@ CONTROLS = ("random", "popularity", "none", "item text only", "history", "shuffl
 TITLES = "raw titles as text"
 RESULTS = "evaluation/results.json"
 """What an arm's run folder has once it is done."""
+ABLATED = 0
+"""The seed of which ablations are made."""
+FIGURES = (
+    "delta_ndcg5_tuned_vs_untuned",
+    "p_tuned_vs_untuned",
+    "delta_ndcg5_history_plus_tuned_vs_history_plus_untuned",
+    "p_history_plus_tuned_vs_history_plus_untuned",
+    "delta_ndcg5_best_of_n_vs_untuned",
+    "captured_share_of_best_of_n",
+    "well_formed_rate",
+    "seeds",
+    "test_users",
+)
+"""What `expected` may give a range for; p-values are corrected over all comparisons."""
 Values = dict[str, dict[str, Tensor]]
 """Condition -> metric -> [seeds, users]."""
 
@@ -46,10 +61,12 @@ class StudyConfig(Settings):
     settings: list[str] = Field([], description="over the preset, for every arm")
     quick: list[str] = Field(description="over the settings, for a look at a part of it")
     seeds: PositiveInt = 5
-    minutes_per_seed: PositiveFloat = Field(description="about, on one core")
+    minutes_per_seed: PositiveFloat = Field(description="about, on one core, without ablations")
+    minutes_per_ablation: PositiveFloat = Field(10, description="about, on one core")
     quick_share: float = Field(gt=0, description="about: time of a quick look / time of a seed")
     arms: dict[str, list[str]] = Field(description="label of an arm: what it changes; the first runs whole, the others start from it")
     aligned: str = Field(description="the arm that the study is about")
+    ablations: dict[str, list[str]] = Field({}, description="label: what it changes of that arm")
     comparisons: list[tuple[str, str]] = Field(description="pairs of conditions: one family of tests")
     expected: dict[str, tuple[float, float]] = Field({}, description="figure: range that a repetition must find it in")
 
@@ -59,7 +76,16 @@ class StudyConfig(Settings):
         named = {self.aligned, *(name for pair in self.comparisons for name in pair)}
         if unknown := sorted(named - known):
             raise ValueError(f"{unknown} are no conditions of this study; known: {sorted(known)}")
+        if twice := sorted(self.arms.keys() & self.ablations):
+            raise ValueError(f"{twice} are both arms and ablations")
+        if unknown := sorted(self.expected.keys() - set(FIGURES)):
+            raise ValueError(f"{unknown} are no figures of a study; known: {list(FIGURES)}")
         return self
+
+    @property
+    def variants(self) -> dict[str, list[str]]:
+        """Every arm and ablation: what it changes of the preset."""
+        return self.arms | {label: [*self.arms[self.aligned], *changes] for label, changes in self.ablations.items()}
 
 
 def studies() -> list[str]:
@@ -98,11 +124,11 @@ class Study:
         self.config, self.folder, self.quick, self.announce = config, folder, quick, announce
         self.settings = [*config.settings, *(config.quick if quick else []), *settings]
         self.seeds = list(range(1 if quick else config.seeds))
-        own = {"seed", *(setting.partition("=")[0] for arm in config.arms.values() for setting in arm)}
+        own = {"seed", *(setting.partition("=")[0] for changes in config.variants.values() for setting in changes)}
         if taken := sorted(own & {setting.partition("=")[0] for setting in settings}):
             raise InputError(f"--set {taken[0]}", "the study sets it itself, for seeds and arms to differ", "Leave it out")
-        for arm in config.arms:  # a wrong setting is said before anything runs
-            if self.settings_of(arm, 0).evaluation.best_of is None:
+        for label in config.variants:  # a wrong setting is said before anything runs
+            if self.settings_of(label, 0).evaluation.best_of is None:
                 raise InputError("evaluation.best_of", "a study has a row for it", "Set how many texts to choose among")
 
     @property
@@ -111,21 +137,26 @@ class Study:
         return next(iter(self.config.arms))
 
     def run(self, seeds: list[int], started: Callable[[str], None] = lambda _: None) -> None:
-        """All arms of these seeds. `started` is told which arm of which seed begins."""
+        """All arms of these seeds, and the ablations. `started` is told what of which seed begins."""
         for seed in seeds:
-            for arm in self.config.arms:
-                started(f"seed {seed}: {arm}")
-                self._run_arm(arm, seed)
+            for label in self.variants_of(seed):
+                started(f"seed {seed}: {label}")
+                self._run_variant(label, seed)
 
-    def _run_arm(self, arm: str, seed: int) -> None:
-        folder = self.path(arm, seed)
-        if arm != self.first:
-            fork(self.path(self.first, seed), folder, without=(RESULTS,))
-        run = Run(self.settings_of(arm, seed), folder, self.announce)
+    def variants_of(self, seed: int) -> list[str]:
+        """What is run of a seed, in this order."""
+        return list(self.config.variants if seed == ABLATED else self.config.arms)
+
+    def _run_variant(self, label: str, seed: int) -> None:
+        folder = self.path(label, seed)
+        if label != self.first:
+            origin = self.first if label in self.config.arms else self.config.aligned
+            fork(self.path(origin, seed), folder, without=(RESULTS,))
+        run = Run(self.settings_of(label, seed), folder, self.announce)
         run.rounds()
-        if arm == self.first:
+        if label == self.first:
             self._measure_titles(run)
-        Experiment(run).evaluate()  # last: with its results the arm counts as done
+        Experiment(run).evaluate()  # last: with its results it counts as done
         run.folder.release()
 
     def _measure_titles(self, run: Run) -> None:
@@ -139,26 +170,28 @@ class Study:
         measurement = Measurement(recommenders)
         measurement.measure("frozen", measurement.protocols()["frozen"])
 
-    def path(self, arm: str, seed: int) -> Path:
-        """Run folder of an arm."""
-        return self.folder / f"seed-{seed}" / "-".join("".join(c if c.isalnum() else " " for c in arm).split())
+    def path(self, label: str, seed: int) -> Path:
+        """Run folder of an arm or ablation."""
+        return self.folder / f"seed-{seed}" / "-".join("".join(c if c.isalnum() else " " for c in label).split())
 
-    def settings_of(self, arm: str, seed: int) -> Config:
-        """The resolved configuration of an arm's run."""
-        return resolve(self.config.preset, None, [*self.settings, *self.config.arms[arm], f"seed={seed}"])
+    def settings_of(self, label: str, seed: int) -> Config:
+        """The resolved configuration of an arm's or ablation's run."""
+        return resolve(self.config.preset, None, [*self.settings, *self.config.variants[label], f"seed={seed}"])
 
     # -- what it found ----------------------------------------------------------------------------------------------------------
 
     def unfinished(self) -> list[int]:
-        """Seeds of which some arm is not yet evaluated."""
-        return [k for k in self.seeds if not all((self.path(arm, k) / RESULTS).exists() for arm in self.config.arms)]
+        """Seeds of which some arm or ablation is not yet evaluated."""
+        return [k for k in self.seeds if not all((self.path(label, k) / RESULTS).exists() for label in self.variants_of(k))]
 
     def minutes(self, seeds: list[int]) -> float:
         """About how long these seeds take on one core."""
-        return len(seeds) * self.config.minutes_per_seed * (self.config.quick_share if self.quick else 1)
+        whole = len(seeds) * self.config.minutes_per_seed
+        whole += len(self.config.ablations) * self.config.minutes_per_ablation if ABLATED in seeds else 0
+        return whole * (self.config.quick_share if self.quick else 1)
 
     def results(self) -> Report:
-        """The table over all seeds, written to `results.json`: by condition metrics and how its texts look, comparisons, figures.
+        """The tables over all seeds, written to `results.json`: by condition metrics and its texts, comparisons, ablations, figures.
 
         Raises:
             InputError: a seed is not done, or seeds have other users or lists.
@@ -173,6 +206,7 @@ class Study:
             "lists_hash": self._common("lists_hash"),
             "conditions": {label: self._row(label, of) for label, of in values.items()},
             "comparisons": self._comparisons(),
+            "ablations": {label: self._ablation(label) for label in (self.config.aligned, *self.config.ablations)},
         }
         found["figures"] = self._figures(found)
         found["unexpected"] = {} if self.quick else self._unexpected(found["figures"])
@@ -232,9 +266,16 @@ class Study:
             row["p_value_holm"] = corrected
         return rows
 
+    def _ablation(self, label: str) -> Report:
+        """NDCG@5 of a variant's tuned text and of its untuned text, of one seed, and their difference over users."""
+        own = _per_user(self.path(label, ABLATED) / "evaluation" / "per_user.parquet")
+        tuned, untuned = (own[name]["ndcg@5"] for name in ("tuned text", "untuned text"))
+        means = {"tuned": float(tuned.nanmean()), "untuned": float(untuned.nanmean())}
+        return means | asdict(paired_bootstrap(tuned, untuned, stable_seed("study"), samples=10_000))
+
     def _figures(self, found: Report) -> dict[str, float]:
         aligned, conditions = self.config.aligned, found["conditions"]
-        p_values = {(row["a"], row["b"]): row["p_value"] for row in found["comparisons"]}
+        p_values = {(row["a"], row["b"]): row["p_value_holm"] for row in found["comparisons"]}
 
         def gain(label: str, over: str) -> float:
             return conditions[label]["ndcg@5"] - conditions[over]["ndcg@5"]

@@ -21,14 +21,17 @@ from dpo4rec.run_folder import fork, stage_key
 from dpo4rec.study import Study, StudyConfig, load_study
 
 ARMS = {"aligned": [], "at random": ["pairs.orientation=random"]}
+ABLATIONS = {"beta 1": ["alignment.beta=1"]}
 STUDY = {
     "preset": "quickstart",
     "seeds": 2,
     "quick": ["evaluation.bootstrap_samples=50"],
     "minutes_per_seed": 1,
+    "minutes_per_ablation": 3,
     "quick_share": 0.5,
     "arms": ARMS,
     "aligned": "aligned",
+    "ablations": ABLATIONS,
     "comparisons": [["aligned", "untuned text"], ["history + aligned", "history + untuned text"], ["aligned", "at random"]],
     "expected": {"well_formed_rate": [-1, -0.5]},
 }
@@ -63,7 +66,15 @@ def test_a_study_measures_arms_and_controls_over_its_seeds(finished: tuple[Path,
     )
     assert all(0 <= conditions["at random"]["texts"][name] <= 1 for name in ("well_formed", "distinct", "grounded"))
     assert [row["p_value"] <= row["p_value_holm"] for row in results["comparisons"]] == [True] * 3
-    assert "about 2 minutes" in said
+    assert "about 5 minutes" in said
+    assert results["ablations"].keys() == {"aligned", "beta 1"}
+    assert not (root / "out" / "seed-1" / "beta-1").exists()  # one seed is enough
+    pairs, adapters = (
+        [(root / "out" / "seed-0" / label / "round-0" / name).read_bytes() for label in ("aligned", "beta-1")]
+        for name in ("pairs/pairs.parquet", "adapter/adapter_model.safetensors")
+    )
+    assert pairs[0] == pairs[1]
+    assert adapters[0] != adapters[1]
     assert "unexpected: well_formed_rate" in said
     assert "| aligned - untuned text |" in (root / "out" / "results.md").read_text()
 
@@ -114,6 +125,10 @@ def test_an_arm_that_was_interrupted_is_not_taken_for_the_one_it_began_as(finish
 
 def test_studies_say_what_they_lack(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["reproduce", "nothing"]).exit_code == 2
+    with pytest.raises(ValueError, match="no figures of a study"):
+        StudyConfig.model_validate({**STUDY, "expected": {"unheard of": [0, 1]}})
+    with pytest.raises(ValueError, match="both arms and ablations"):
+        StudyConfig.model_validate({**STUDY, "ablations": {"at random": []}})
     with pytest.raises(ValueError, match="no conditions of this study"):
         StudyConfig.model_validate({**STUDY, "comparisons": [["aligned", "unheard of"]]})
     result = CliRunner().invoke(app, ["reproduce", "ml-1m-dpo4rec", "--data", str(tmp_path), "--seed", "9", "--run-dir", str(tmp_path)])
@@ -129,7 +144,7 @@ def test_studies_say_what_they_lack(tmp_path: Path) -> None:
 def test_every_shipped_study_can_be_begun() -> None:
     for name in studies.studies():
         config = load_study(name)
-        for arm in config.arms.values():
+        for arm in config.variants.values():
             resolve(config.preset, None, [*config.settings, *config.quick, *arm, "data.folder=somewhere"])
 
 

@@ -1,5 +1,6 @@
 """The tables of a study, as Markdown: for the terminal, for `results.md` and for the documentation."""
 
+from collections import Counter
 from typing import Any
 
 METRICS = ("ndcg@5", "ndcg@10", "map@5")
@@ -7,19 +8,25 @@ TEXTS = {"well_formed": "well-formed", "distinct": "distinct", "grounded": "grou
 
 
 def tables(results: dict[str, Any]) -> str:
-    """Conditions with the standard deviation over seeds, comparisons, and the figures."""
+    """Conditions with the standard deviation over seeds, comparisons, ablations, and the figures."""
     heading = f"Test users: {results['test_users']}. Seeds of the whole loop: {results['seeds']}. Lists: `{results['lists_hash']}`."
-    conditions = [["condition", *(metric.upper() for metric in METRICS), *TEXTS.values()]]
+    conditions = [["condition", *(metric.upper() for metric in METRICS), *TEXTS.values(), "temperatures"]]
     for label, of in results["conditions"].items():
         texts = of.get("texts", {})
-        conditions.append([label, *(_with_deviation(of, metric) for metric in METRICS), *(_text(texts, name) for name in TEXTS)])
+        conditions.append(
+            [label, *(_with_deviation(of, metric) for metric in METRICS), *(_text(texts, name) for name in TEXTS), _temperatures(of)]
+        )
     comparisons = [["difference in NDCG@5", "mean", "95 % interval", "p", "p (Holm)"]]
     for row in results["comparisons"]:
         interval = f"[{row['low']:+.4f}, {row['high']:+.4f}]"
         ends = [f"{row['p_value']:.4f}", f"{row['p_value_holm']:.4f}"]
         comparisons.append([f"{row['a']} - {row['b']}", f"{row['difference']:+.4f}", interval, *ends])
+    ablations = [["variant, one seed", "tuned", "untuned", "mean", "95 % interval", "p"]]
+    for label, row in results["ablations"].items():
+        means = [f"{row['tuned']:.4f}", f"{row['untuned']:.4f}", f"{row['difference']:+.4f}"]
+        ablations.append([label, *means, f"[{row['low']:+.4f}, {row['high']:+.4f}]", f"{row['p_value']:.4f}"])
     figures = [["figure", "value"], *([name, f"{value:g}"] for name, value in results["figures"].items())]
-    return "\n\n".join([heading, _markdown(conditions), _markdown(comparisons), _markdown(figures)]) + "\n"
+    return "\n\n".join([heading, _markdown(conditions), _markdown(comparisons), _markdown(ablations), _markdown(figures)]) + "\n"
 
 
 def _with_deviation(of: dict[str, Any], metric: str) -> str:
@@ -29,6 +36,12 @@ def _with_deviation(of: dict[str, Any], metric: str) -> str:
 
 def _text(texts: dict[str, float], name: str) -> str:
     return "" if name not in texts else f"{texts[name]:.1f}" if name == "mean_tokens" else f"{texts[name]:.3f}"
+
+
+def _temperatures(of: dict[str, Any]) -> str:
+    """Which were chosen, by how many seeds."""
+    counts = Counter(of.get("temperatures", []))
+    return ", ".join(f"{value:g}" + (f" ({count})" if len(counts) > 1 else "") for value, count in sorted(counts.items()))
 
 
 def _markdown(rows: list[list[str]]) -> str:
