@@ -7,7 +7,7 @@ Every measurement runs in a fresh process; a rate is the median of the repetitio
 model, data and number of threads; plain is fp32, and bf16 is left out where the processor has no such products.
 
 - training: epochs of SASRec (width 64, 2 layers, length 200, full cross-entropy) over the training parts of the same users of the 5-core.
-  Plain: batches of 128 users padded to 200 places, all logits at once, `F.cross_entropy` with `ignore_index`, AdamW. A token is an item,
+  Plain: batches of 128 users padded to full length, all logits at once, `F.cross_entropy` with `ignore_index`, AdamW. A token is an item,
   never padding.
 - evaluation: NDCG@10 on the whole catalogue, items already seen left out. Plain: one user after the other, all scores sorted; the
   raw results have the value of both sides for the same users.
@@ -84,8 +84,8 @@ def training(given: argparse.Namespace, precision: Literal["fp32", "bf16"]) -> R
 def training_plain(given: argparse.Namespace) -> Result:
     data = SequenceData.load(given.folder / "sequences")
     users = torch.arange(len(data.user_ids))
-    sequences = data.windows(users, data.train_ends, LENGTH)
-    sequences = F.pad(sequences, (0, LENGTH - sequences.shape[1]))
+    sequences = data.windows(users, data.train_ends, LENGTH + 1)  # what is read and the item that follows, as in ours
+    sequences = F.pad(sequences, (0, LENGTH + 1 - sequences.shape[1]))
     model = SequentialRecommender.made_for("sasrec", SequentialConfig(max_length=LENGTH), data, None, 0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
@@ -107,7 +107,7 @@ def loss_plain(model: SequentialRecommender, sequences: Tensor) -> Tensor:
 
 def training_rates(data: SequenceData, steps: float, seconds: float) -> Result:
     """Rates of one epoch."""
-    tokens = int((data.train_ends - data.starts[:-1]).clamp(max=LENGTH).sum())
+    tokens = int((data.train_ends - data.starts[:-1]).clamp(max=LENGTH + 1).sum())
     return {"tokens_per_second": tokens / seconds, "steps_per_second": steps / seconds, "tokens_per_step": tokens / steps}
 
 

@@ -216,6 +216,15 @@ def test_long_histories_are_learned_from_everywhere(tmp_path: Path) -> None:
     assert hits_of(found.items, data, users, "test")[0].all()
 
 
+def test_every_position_that_is_read_is_learned(data: SequenceData, tmp_path: Path) -> None:
+    """Everybody has more items than the model reads, so that each ranking is made at the last position."""
+    config = SequentialConfig(embedding_dim=8, epochs=2, max_length=6, tokens_per_step=150)
+    fit = SequentialFit("sasrec", config, data, None, None, 0, tmp_path / "state")
+    before = fit.model.get_parameter("encoder.positions").clone()
+    after = fit.run()[0].get_parameter("encoder.positions")
+    assert (before != after).all(1).tolist() == [True] * 7  # the start and six items
+
+
 def test_some_users_choose_and_the_others_learn_from_one_more(tmp_path: Path) -> None:
     source = write_source(tmp_path / "source")
     whole, some = tmp_path / "whole", tmp_path / "some"

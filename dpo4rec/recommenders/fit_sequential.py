@@ -46,6 +46,7 @@ class SequentialFit:
     ) -> None:
         _check(config, data, user_vectors)
         self.config, self.data, self.user_vectors, self.seed, self.checkpoint = config, data, user_vectors, seed, checkpoint
+        self.window = config.max_length + 1  # items learned from at once: the most that the model reads, and what follows them
         vectors = item_vectors if item_vectors is not None else user_vectors
         with torch.random.fork_rng(devices=[]):  # initial weights draw from the global generator
             torch.manual_seed(stable_seed("sequential", seed))
@@ -98,7 +99,7 @@ class SequentialFit:
         total, predictions = 0.0, 0
         for number, users in enumerate(batches):
             self._set_rate(epoch + number / len(batches))
-            sequences = self.data.windows(users, self._window_ends(users), self.config.max_length)
+            sequences = self.data.windows(users, self._window_ends(users), self.window)
             with torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bf16"):
                 loss = self._loss(sequences, users)
             self.optimizer.zero_grad()
@@ -109,9 +110,9 @@ class SequentialFit:
         return total / predictions
 
     def _window_ends(self, users: Tensor) -> Tensor:
-        """Where to cut the training part of each user [B]: one that is longer than the model reads is learned in random windows."""
+        """Where to cut the training part of each user [B]: one that is longer than a window is learned in random ones."""
         starts, ends = self.data.starts[users], self.data.train_ends[users]
-        spare = (ends - starts - self.config.max_length).clamp(min=0)
+        spare = (ends - starts - self.window).clamp(min=0)
         return ends - (torch.rand(len(users)) * (spare + 1)).long().minimum(spare)
 
     def _loss(self, sequences: Tensor, users: Tensor) -> Tensor:
@@ -142,8 +143,8 @@ class SequentialFit:
 
     def _batches(self) -> list[Tensor]:
         """Users in batches of similar lengths, so that little is padding, in random order."""
-        sizes = (self.data.train_ends - self.data.starts[:-1])[self.learners].clamp(max=self.config.max_length)
-        order = torch.argsort(sizes + 0.2 * self.config.max_length * torch.rand(len(sizes)))  # not always the same neighbours
+        sizes = (self.data.train_ends - self.data.starts[:-1])[self.learners].clamp(max=self.window)
+        order = torch.argsort(sizes + 0.2 * self.window * torch.rand(len(sizes)))  # not always the same neighbours
         batches: list[list[int]] = []
         batch: list[int] = []
         longest = 0
