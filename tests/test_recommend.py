@@ -175,8 +175,9 @@ def test_what_cannot_work_is_refused(folder: Path, words: list[str], cause: str)
 def test_a_user_without_text_is_named(folder: Path, tmp_path: Path) -> None:
     lines = (folder / "profiles.jsonl").read_text().splitlines()
     (tmp_path / "some.jsonl").write_text("\n".join(lines[:-5]))
-    said = call("fit", str(folder / "R"), "--model", "prm", "--name", "short", "--texts", str(tmp_path / "some.jsonl"), status=2)
-    assert "no text" in said
+    for words in (["prm", "--name", "short"], ["sasrec", "--name", "short-sequential", "--set", "sequential.user_text=true"]):
+        said = call("fit", str(folder / "R"), "--model", *words, "--texts", str(tmp_path / "some.jsonl"), status=2)
+        assert re.search(r"user u\d+: has no text vector", said)
     (tmp_path / "wrong.jsonl").write_text('{"user_id": "u1", "text": 3}')
     said = call("fit", str(folder / "R"), "--model", "prm", "--name", "wrong", "--texts", str(tmp_path / "wrong.jsonl"), status=2)
     assert "line 1" in said

@@ -185,6 +185,19 @@ def test_user_texts_tell_what_histories_do_not(tmp_path: Path) -> None:
         SequentialFit("gru4rec", settings, data, None, None, 0, tmp_path / "other")
 
 
+def test_a_fit_needs_the_texts_of_those_it_reads_and_no_others(data: SequenceData, tmp_path: Path) -> None:
+    texts = torch.randn(len(data.user_ids), 1, 4, generator=torch.Generator().manual_seed(0))
+    texts[3] = torch.nan
+    config = SequentialConfig(embedding_dim=8, epochs=1, user_text=True)
+    with pytest.raises(InputError, match=f"user {data.user_ids[3]}: has no text vector"):
+        SequentialFit("sasrec", config, data, None, texts, 0, tmp_path / "state")
+    train, validation = data.train_ends.clone(), data.validation_ends.clone()
+    train[3] = validation[3] = data.starts[3]  # everything that this user did is in the test
+    cold = dataclasses.replace(data, train_ends=train, validation_ends=validation)
+    model = SequentialFit("sasrec", config, cold, None, texts, 0, tmp_path / "state").run()[0]
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+
+
 def test_global_time_cuts_by_the_clock_and_counts_the_cold(tmp_path: Path) -> None:
     rows = [("old", f"i{t}", t) for t in range(80)] + [("new", "i0", 95), ("new", "late", 99), ("both", "i1", 5), ("both", "late", 98)]
     rows += [("mid", f"i{t}", t) for t in range(80, 96)]

@@ -26,12 +26,13 @@ class SequentialFit:
 
     Args:
         item_vectors: text vectors [I, D] in the order of `data.item_ids`; None without `item_text`.
-        user_vectors: text vectors [U, S, D], of which every epoch draws one a user; None without `user_text`.
+        user_vectors: text vectors [U, S, D], of which every epoch draws one a user, NaN without a text; None without `user_text`.
         seed: of weights, order, dropout and negatives.
         checkpoint: folder of the state after the last whole epoch; a fit that finds one there continues it.
 
     Raises:
-        InputError: vectors do not fit configuration or data, or nobody has two items to learn from.
+        InputError: vectors do not fit configuration or data, a user who is learned from or chooses the epoch has none (NaN), or nobody has
+            anything to learn from.
     """
 
     def __init__(
@@ -47,13 +48,13 @@ class SequentialFit:
         _check(config, data, user_vectors)
         self.config, self.data, self.user_vectors, self.seed, self.checkpoint = config, data, user_vectors, seed, checkpoint
         self.window = config.max_length + 1  # items learned from at once: the most that the model reads, and what follows them
+        self.learners = (data.train_ends - data.starts[:-1] > 0).nonzero().squeeze(1)
         vectors = item_vectors if item_vectors is not None else user_vectors
         with torch.random.fork_rng(devices=[]):  # initial weights draw from the global generator
             torch.manual_seed(stable_seed("sequential", seed))
             self.model = SequentialRecommender.made_for(model, config, data, item_vectors, 0 if vectors is None else vectors.shape[-1])
         self._measure_texts(item_vectors)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
-        self.learners = (data.train_ends - data.starts[:-1] > 0).nonzero().squeeze(1)
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Tensor] = {}
         if (checkpoint / "state.json").exists():
@@ -167,7 +168,7 @@ class SequentialFit:
         if self.model.item_side is not None and item_vectors is not None:
             self.model.item_side.standardise.measure(item_vectors)
         if self.model.user_side is not None and self.user_vectors is not None:
-            self.model.user_side.standardise.measure(self.user_vectors.flatten(0, 1))
+            self.model.user_side.standardise.measure(self.user_vectors[self.learners].flatten(0, 1))
 
     def _save(self) -> None:
         moments = {f"{i}.{name}": value for i, of in self.optimizer.state_dict()["state"].items() for name, value in of.items()}
@@ -199,7 +200,11 @@ def _check(config: SequentialConfig, data: SequenceData, user_vectors: Tensor | 
         raise InputError("sequential.user_text", f"it is {config.user_text} but user vectors are {given}", "Make them agree")
     if config.precision == "bf16" and not bf16_products():
         warnings.warn("sequential.precision=bf16: this processor has no such products, they take fifty times as long as fp32", stacklevel=2)
-    if user_vectors is not None and len(user_vectors) != len(data.user_ids):
-        raise InputError("user vectors", f"there are {len(user_vectors)} for {len(data.user_ids)} users", "Give one row for each user")
+    if user_vectors is not None:
+        if len(user_vectors) != len(data.user_ids):
+            raise InputError("user vectors", f"there are {len(user_vectors)} for {len(data.user_ids)} users", "Give one row for each user")
+        lacking = user_vectors.isnan().flatten(1).any(1) & (data.validation_ends > data.starts[:-1])  # evaluation asks for the others'
+        if lacking.any():
+            raise InputError(f"user {data.user_ids[int(lacking.int().argmax())]}", "has no text vector", "Add its text to --texts")
     if not (data.train_ends > data.starts[:-1]).any():
         raise InputError("sequences", "nobody has anything to learn from", "Give longer histories, or another sequences.split")
