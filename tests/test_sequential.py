@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from dpo4rec.data.config import DataConfig
 from dpo4rec.data.sequences import SequenceConfig, prepare_sequences
 from dpo4rec.errors import InputError
-from dpo4rec.files import read_json, write_parquet
+from dpo4rec.files import read_json, read_parquet, write_json, write_parquet
 from dpo4rec.recommenders import losses
 from dpo4rec.recommenders.fit_sequential import SequentialFit
 from dpo4rec.recommenders.retrieval import hits_of, retrieve
@@ -270,6 +271,18 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match="nobody has a validation and a test"):
         prepare_sequences(config, SequenceConfig(), 0, tmp_path / "out")
+
+
+def test_damaged_files_of_sequences_are_input_errors(tmp_path: Path) -> None:
+    prepare_sequences(write_source(tmp_path / "source"), SequenceConfig(), 0, tmp_path)
+    items, summary = read_parquet(tmp_path / "items.parquet"), read_json(tmp_path / "summary.json")
+    write_parquet(items.filter(pc.not_equal(items["item_id"], "i4")), tmp_path / "items.parquet")
+    with pytest.raises(InputError, match=r"sequences.parquet: .*item_ids is 'i4', which is unknown"):
+        SequenceData.load(tmp_path)
+    write_parquet(items, tmp_path / "items.parquet")
+    write_json({key: value for key, value in summary.items() if key != "candidates_hash"}, tmp_path / "summary.json")
+    with pytest.raises(InputError, match=r"summary.json: .*damaged.*candidates_hash"):
+        SequenceData.load(tmp_path)
 
 
 @pytest.mark.parametrize(("probability", "dropped"), [(0.0, 0.0), (0.001, 1 / 256), (0.3, 77 / 256), (0.9999, 255 / 256)])

@@ -101,7 +101,8 @@ class RankingFiles:
             InputError: see `RankingData.load`.
         """
         users = self._rows("users", user_ids)
-        known, splits = users["user_id"].combine_chunks(), _codes(users["split"], pa.array(SPLITS), self.folder / "users.parquet", "split")
+        known = users["user_id"].combine_chunks()
+        splits = known_codes(users["split"], pa.array(SPLITS), self.folder / "users.parquet", "split")
         histories, ratings = self._histories(known, user_ids)
         in_training = histories[splits == SPLITS.index("train")]
         list_users, candidates, labels = self._lists(known, user_ids)
@@ -131,11 +132,11 @@ class RankingFiles:
         if not self.longest_history:
             return torch.zeros(shape, dtype=torch.long), torch.zeros(shape)
         table = self._rows("histories", user_ids)
-        rows = _codes(table["user_id"], users, file, "user_id")
+        rows = known_codes(table["user_id"], users, file, "user_id")
         lengths = torch.tensor(pc.list_value_length(table["item_ids"]).to_numpy(), dtype=torch.long)
         present = torch.arange(self.longest_history) < lengths[:, None]  # [rows, H]
         codes, ratings = torch.zeros(present.shape, dtype=torch.long), torch.zeros(present.shape)
-        codes[present] = _codes(pc.list_flatten(table["item_ids"]), self.items, file, "item_id") + 1
+        codes[present] = known_codes(pc.list_flatten(table["item_ids"]), self.items, file, "item_id") + 1
         ratings[present] = torch.tensor(pc.list_flatten(table["ratings"]).to_numpy(), dtype=torch.float32)
         return codes.new_zeros(shape).index_copy(0, rows, codes), ratings.new_zeros(shape).index_copy(0, rows, ratings)
 
@@ -144,13 +145,13 @@ class RankingFiles:
         lengths = {length, *(of for name in ("candidates", "labels") for of in pc.unique(pc.list_value_length(table[name])).to_pylist())}
         if lengths != {length}:
             raise _unequal(file, lengths)
-        codes = _codes(pc.list_flatten(table["candidates"]), self.items, file, "candidate") + 1
+        codes = known_codes(pc.list_flatten(table["candidates"]), self.items, file, "candidate") + 1
         labels = torch.tensor(pc.list_flatten(table["labels"]).to_numpy(), dtype=torch.float32)
-        return _codes(table["user_id"], users, file, "user_id"), codes.view(-1, length), labels.view(-1, length)
+        return known_codes(table["user_id"], users, file, "user_id"), codes.view(-1, length), labels.view(-1, length)
 
 
-def _codes(values: pa.ChunkedArray, known: pa.Array, file: Path, what: str) -> Tensor:
-    """Position of each value in `known`, [values]."""
+def known_codes(values: pa.ChunkedArray, known: pa.Array | pa.ChunkedArray, file: Path, what: str) -> Tensor:
+    """Position of each value in `known`, [values]. Raises `InputError` for one that is not there; `what` names the column of the file."""
     codes = torch.from_numpy(codes_of(values, known))
     if len(codes) and codes.min() < 0:
         row = int(codes.argmin())

@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from dpo4rec.data.schema import codes_of
-from dpo4rec.files import read_json, read_parquet
+from dpo4rec.files import corrupted, read_json, read_parquet
+from dpo4rec.recommenders.lists import known_codes
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,19 @@ class SequenceData:
 
     @classmethod
     def load(cls, folder: Path) -> "SequenceData":
-        """Reads what `prepare_sequences` wrote. Raises `InputError` when a file is missing or damaged."""
+        """Reads what `prepare_sequences` wrote. Raises `InputError` when a file is missing or damaged or names an unknown item."""
         table = read_parquet(folder / "sequences.parquet")
         items = read_parquet(folder / "items.parquet", ["item_id"])["item_id"]
         lengths = torch.tensor(pc.list_value_length(table["item_ids"]).to_numpy(), dtype=torch.long)
         starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
         train = torch.tensor(table["train_length"].to_numpy(), dtype=torch.long)
         validation = torch.tensor(table["validation_length"].to_numpy(), dtype=torch.long)
-        codes = torch.from_numpy(codes_of(pc.list_flatten(table["item_ids"]), items)).int() + 1
+        codes = known_codes(pc.list_flatten(table["item_ids"]), items, folder / "sequences.parquet", "item_id").int() + 1
         ends = starts[:-1] + train
-        hash_ = read_json(folder / "summary.json")["candidates_hash"]
-        return cls(table["user_id"].to_pylist(), items.to_pylist(), codes, starts, ends, ends + validation, hash_)
+        summary = read_json(folder / "summary.json")
+        if "candidates_hash" not in summary:
+            raise corrupted(folder / "summary.json", KeyError("candidates_hash"))
+        return cls(table["user_id"].to_pylist(), items.to_pylist(), codes, starts, ends, ends + validation, summary["candidates_hash"])
 
     def windows(self, users: Tensor, ends: Tensor, length: int) -> Tensor:
         """The last `length` item codes before row `ends` [B] of each of the users [B], [B, T], 0 after the end; T as short as it may be.
