@@ -243,14 +243,17 @@ def export(
 @guarded
 def compare(
     first: Annotated[Path, typer.Argument(metavar="R1", help="a run folder")],
-    second: Annotated[Path, typer.Argument(metavar="R2", help="the run folder to compare it with")],
+    second: Annotated[Path, typer.Argument(metavar="R2", help="the run folder to compare it with, or R1 again")],
     metric: Annotated[list[str] | None, typer.Option(help="e.g. hr@10, may be repeated [default: ndcg@10, or else ndcg@5]")] = None,
+    condition: Annotated[str | None, typer.Option(help="fit or control of R1 [default: fits of the same name, or the only ones]")] = None,
+    against: Annotated[str | None, typer.Option(help="fit or control of R2 [default: the one of --condition's name]")] = None,
+    protocol: Annotated[str | None, typer.Option(help="catalogue, retrieved, frozen or lists [default: all that both have]")] = None,
 ) -> None:
     """Compare two evaluated run folders user by user: paired bootstrap and Wilcoxon, with Holm's correction."""
     from dpo4rec.evaluation.comparison import compare as compared
     from dpo4rec.report.compare import print_comparison
 
-    print_comparison(compared(first, second, metric or ()))
+    print_comparison(compared(first, second, metric or (), condition=condition, against=against, protocol=protocol))
 
 
 @app.command()

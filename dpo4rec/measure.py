@@ -54,6 +54,7 @@ class Measurement:
             item_vectors = files.read_tensors(vectors / "item_vectors.safetensors")["item_vectors"]
             padded = torch.cat([item_vectors.new_zeros(1, item_vectors.shape[1]), item_vectors])
             conditions: list[tuple[str, Iterable[Ranking]]] = [(name, [ranking]) for name, ranking in source.controls()]
+            controls = [name for name, _ in conditions]
             conditions += [(fit.options.name, source.rankings(fit)) for fit in fits]
             values, means, deviations = {}, {}, {}
             for name, rankings in conditions:
@@ -63,6 +64,7 @@ class Measurement:
             self._write_per_user(values, source, protocol)
             report = {
                 "candidates_hash": source.hash,
+                "controls": controls,
                 "users": len(set(source.users.tolist())),
                 "seeds": {fit.options.name: len(fit.seeds()) for fit in fits},
                 "metrics": means,

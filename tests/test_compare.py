@@ -27,10 +27,16 @@ def values(seed: int, *conditions: str, metrics: tuple[str, ...] = ("ndcg@5", "m
     return {condition: {metric: generator.random(users) for metric in metrics} for condition in conditions}
 
 
+def called(*words: str | Path) -> str:
+    done = CliRunner().invoke(app, ["compare", *map(str, words)])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
 def write(
     folder: Path, of: Values, protocol: str | None = "catalogue", candidates: str = "abc", first: int = 0, reverse: bool = False
 ) -> Path:
-    """A run folder with the values of users first, first + 1, ...; without a protocol that of a whole run."""
+    """A run folder with the values of users first, first + 1, ...; without a protocol that of a whole run. Popularity is a control."""
     tables = []
     for condition, metrics in of.items():
         count = len(next(iter(metrics.values())))
@@ -38,8 +44,10 @@ def write(
     table = pa.concat_tables(tables)
     out = folder / "evaluation" / (protocol or "")
     files.write_parquet(table.take(list(range(len(table)))[::-1]) if reverse else table, out / "per_user.parquet")
-    name, key = ("summary.json", "candidates_hash") if protocol else ("results.json", "lists_hash")
-    files.write_json({key: candidates}, out / name)
+    if protocol:
+        files.write_json({"candidates_hash": candidates, "controls": ["popularity"]}, out / "summary.json")
+    else:
+        files.write_json({"lists_hash": candidates}, out / "results.json")
     return folder
 
 
@@ -72,16 +80,42 @@ def test_users_are_joined_and_those_in_one_folder_counted(tmp_path: Path) -> Non
     assert (row["users"], row["only_a"], row["only_b"]) == (34, 5, 6)
 
 
-def test_single_conditions_are_paired_whatever_their_names(tmp_path: Path) -> None:
-    a = write(write(tmp_path / "a", values(0, "sasrec")), values(2, "prm"), "retrieved")
-    b = write(write(tmp_path / "b", values(1, "gru4rec")), values(3, "dlcm"), "retrieved")
+def test_single_fits_are_paired_whatever_their_names(tmp_path: Path) -> None:
+    a = write(write(tmp_path / "a", values(0, "popularity", "sasrec")), values(2, "popularity", "prm"), "retrieved")
+    b = write(write(tmp_path / "b", values(1, "popularity", "gru4rec")), values(3, "popularity", "dlcm"), "retrieved")
     assert [(row["protocol"], row["a"], row["b"]) for row in compare(a, b, samples=100)] == [
         ("catalogue", "sasrec", "gru4rec"),
         ("retrieved", "prm", "dlcm"),
     ]
-    c = write(tmp_path / "c", values(1, "gru4rec", "popularity"))
-    with pytest.raises(InputError, match="no condition is in both: sasrec against gru4rec, popularity"):
+    c = write(tmp_path / "c", values(1, "gru4rec", "bpr", "popularity"))
+    with pytest.raises(InputError, match=r"controls left out \(catalogue: popularity, sasrec against bpr, gru4rec, popularity\)"):
         compare(a, c)
+    with pytest.raises(
+        InputError, match=r"no 'sasrec' against 'prm' \(catalogue: .*; retrieved: popularity, prm against dlcm, popularity\)"
+    ):
+        compare(a, b, condition="sasrec", against="prm")
+    with pytest.raises(InputError, match="--against: it belongs to --condition"):
+        compare(a, c, against="bpr")
+
+
+def test_named_conditions_are_compared_and_within_one_folder_too(tmp_path: Path) -> None:
+    of = values(0, "sasrec", "gru4rec", "popularity")
+    a = write(write(tmp_path / "a", of), values(1, "prm", "popularity"), "retrieved")
+    (row,) = compare(a, a, samples=100, condition="sasrec", against="gru4rec")
+    assert (row["protocol"], row["a"], row["b"]) == ("catalogue", "sasrec", "gru4rec")
+    assert row["difference"] == pytest.approx((of["sasrec"]["ndcg@5"] - of["gru4rec"]["ndcg@5"]).mean())
+    assert [row["protocol"] for row in compare(a, a, samples=100, condition="popularity")] == ["catalogue", "retrieved"]
+    assert "sasrec against" in called(a, a, "--condition", "sasrec", "--against", "popularity")
+
+
+def test_other_candidates_of_one_protocol_leave_the_others(tmp_path: Path) -> None:
+    a = write(write(tmp_path / "a", values(0, "sasrec")), values(2, "prm"), "retrieved")
+    b = write(write(tmp_path / "b", values(1, "sasrec")), values(3, "prm"), "retrieved", candidates="other")
+    with pytest.raises(InputError, match=r"the candidates are others \(abc and other\)\. .* choose another --protocol"):
+        compare(a, b)
+    assert "ndcg@5, catalogue, candidates abc" in called(a, b, "--protocol", "catalogue")
+    with pytest.raises(InputError, match="one has catalogue, retrieved, the other catalogue, retrieved"):
+        compare(a, b, protocol="frozen")
 
 
 def test_the_default_metric_is_ndcg_at_10_or_else_5(tmp_path: Path) -> None:
@@ -120,7 +154,7 @@ def without_column(folder: Path) -> None:
         (lambda folder: write(folder, values(1, "x"), candidates="other"), r"the candidates are others \(abc and other\)"),
         (lambda folder: files.remove(folder / "evaluation"), "there is no such file"),
         (lambda folder: files.remove(folder / "evaluation" / "catalogue" / "summary.json"), "summary.json: there is no such file"),
-        (lambda folder: files.write_json({}, folder / "evaluation" / "catalogue" / "summary.json"), "candidates_hash"),
+        (lambda folder: files.write_json({}, folder / "evaluation" / "catalogue" / "summary.json"), "candidates_hash.*controls"),
         (
             lambda folder: (folder / "evaluation" / "catalogue").rename(folder / "evaluation" / "retrieved"),
             "has catalogue, the other retrieved",

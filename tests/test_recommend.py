@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from dpo4rec.cli import app
 from dpo4rec.data.retrieved import RetrievedConfig, prepare_retrieved
 from dpo4rec.errors import InputError
+from dpo4rec.evaluation.comparison import compare
 from dpo4rec.files import read_json, read_parquet, write_parquet
 
 PAGE = Path(__file__).parents[1] / "docs" / "recommenders.md"
@@ -43,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     here = tmp_path_factory.mktemp("recommend")
     (here / "mine.yaml").write_text(yaml.safe_dump(SMALL))
     commands = re.findall(r"^\$ (dpo4rec .*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
-    assert len(commands) == 7
+    assert len(commands) == 8
     call("fit", str(here / "R2"), "--config", str(here / "mine.yaml"), "--model", "sasrec", "--set", "sequential.layers=1")
     users = read_parquet(here / "R2" / "sequences" / "sequences.parquet")["user_id"].to_pylist()
     rows = "\n".join(f'{{"user_id": "{user}", "text": "likes comedy and drama {n % 5}"}}' for n, user in enumerate(users))
@@ -66,6 +67,7 @@ def test_every_protocol_has_its_table_and_files(folder: Path) -> None:
         summary = read_json(out / "summary.json")
         assert set(summary["metrics"]) == conditions
         assert summary["candidates_hash"]
+        assert set(summary["controls"]) == {"retriever's order", "popularity", "random"} & conditions
         values = read_parquet(out / "per_user.parquet").to_pandas()
         assert set(values["condition"]) == conditions
         for condition, of in summary["metrics"].items():
@@ -74,6 +76,21 @@ def test_every_protocol_has_its_table_and_files(folder: Path) -> None:
             assert mean == pytest.approx(of["ndcg@10"], abs=1e-6)
         assert {row["b"] for row in summary["comparisons"]} == {next(iter(summary["metrics"]))}
     assert read_json(folder / "R" / "retrieved" / "summary.json")["ranked"] is True
+
+
+def test_fits_are_compared_and_controls_only_by_name(folder: Path) -> None:
+    """R has sasrec and gru4rec on the whole catalogue and fits of other protocols, R2 has sasrec, R3 gru4rec."""
+    r, r2, r3 = folder / "R", folder / "R2", folder / "R3"
+    settings = ["--config", str(folder / "mine.yaml"), "--set", "evaluation.seeds=1", "--set", "sequential.epochs=1"]
+    call("fit", str(r3), *settings, "--model", "gru4rec")
+    call("evaluate", str(r3))
+    for a, b, pair in ((r, r2, ("sasrec", "sasrec")), (r2, r3, ("sasrec", "gru4rec")), (r3, r, ("gru4rec", "gru4rec"))):
+        assert [(row["a"], row["b"]) for row in compare(a, b, samples=10)] == [pair]
+    for against in ("gru4rec", "popularity"):
+        (row,) = compare(r, r, samples=10, condition="sasrec", against=against)
+        metrics = read_json(r / "evaluation" / "catalogue" / "summary.json")["metrics"]
+        assert row["difference"] == pytest.approx(metrics["sasrec"]["ndcg@10"] - metrics[against]["ndcg@10"], abs=1e-6)
+        assert row["protocol"] == "catalogue"
 
 
 def test_exported_rankings_give_the_same_metric(folder: Path) -> None:

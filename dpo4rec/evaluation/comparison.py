@@ -1,8 +1,8 @@
-"""Two run folders against each other, user by user.
+"""Two run folders against each other, user by user, or two fits of one folder.
 
 A protocol is a way of making candidates. A recommender's folder has `evaluation/<protocol>/per_user.parquet` beside a `summary.json` with
-the candidates' hash; the folder of a whole run has `evaluation/per_user.parquet`, of the protocol "lists", beside `results.json`.
-Columns are user_id, condition, and metrics.
+the candidates' hash and the names of the controls; the folder of a whole run has `evaluation/per_user.parquet`, of the protocol "lists",
+beside `results.json`. Columns are user_id, condition, and metrics.
 """
 
 from collections.abc import Sequence
@@ -23,15 +23,20 @@ KEYS = ["user_id", "condition"]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The per-user values of a folder under one protocol, and the hash of the candidates that were ranked."""
+    """The per-user values of a folder under one protocol, the hash of the candidates that were ranked, and what needed no fit."""
 
     file: Path
     values: pd.DataFrame
     candidates_hash: str
+    controls: Sequence[str] = ()
 
     @property
     def metrics(self) -> list[str]:
         return [str(name) for name in self.values.columns if name not in KEYS]
+
+    @property
+    def conditions(self) -> list[str]:
+        return [str(name) for name in self.values["condition"].unique()]
 
     def of(self, condition: str, metric: str) -> pd.Series:
         """The metric under a condition, by user id; users without a value are left out."""
@@ -39,13 +44,27 @@ class Evaluation:
         return rows.set_index("user_id")[metric].astype("float64").dropna()
 
 
-def compare(a: Path, b: Path, metrics: Sequence[str] = (), seed: int = 0, samples: int = 10_000) -> list[dict[str, Any]]:
-    """Compares two folders on every protocol, condition and metric that both have; where each has one condition only, these two.
+def compare(
+    a: Path,
+    b: Path,
+    metrics: Sequence[str] = (),
+    seed: int = 0,
+    samples: int = 10_000,
+    condition: str | None = None,
+    against: str | None = None,
+    protocol: str | None = None,
+) -> list[dict[str, Any]]:
+    """Compares two folders on every protocol and metric that both have: conditions of the same name, or where each has only one, these two.
+
+    Controls, which are the same on the same candidates, are compared only if they are named.
 
     Args:
-        a, b: run folders; differences are a - b.
+        a, b: run folders, which may be one and the same; differences are a - b.
         metrics: names of columns; none: ndcg@10, or else ndcg@5, whichever both have.
         seed, samples: of the paired bootstrap.
+        condition: the one of a to compare, under the protocols that have it.
+        against: the one of b to compare it with; none: the one of the same name.
+        protocol: the only one to compare under.
 
     Returns:
         A row for each: protocol, candidates_hash, a and b (conditions), metric, mean_a and mean_b over the users in both, difference,
@@ -55,16 +74,20 @@ def compare(a: Path, b: Path, metrics: Sequence[str] = (), seed: int = 0, sample
     Raises:
         InputError: a folder has no evaluation, the candidates differ, or nothing can be compared.
     """
-    left, right = evaluations(a), evaluations(b)
-    protocols = [name for name in left if name in right]
-    if not protocols:
-        raise InputError(f"{a} and {b}", f"one has {_listed(left)}, the other {_listed(right)}", "Evaluate both under the same protocol")
-    for name in protocols:
-        _refuse_other_candidates(left[name], right[name])
+    if against and not condition:
+        raise InputError("--against", "it belongs to --condition, which says what of the first folder to compare", "Give both")
+    where, left, right = f"{a} and {b}", evaluations(a), evaluations(b)
+    both = {name: (left[name], right[name]) for name in left if name in right and protocol in (None, name)}
+    if not both:
+        raise InputError(where, f"one has {_listed(left)}, the other {_listed(right)}", "Evaluate both under the same protocol")
+    pairs = _pairs(where, both, condition, against)
+    for name in pairs:
+        _refuse_other_candidates(*both[name])
     rows = []
-    for metric in _shared_metrics([(left[name], right[name]) for name in protocols], metrics):
-        for name in protocols:
-            rows += [{"protocol": name, **row} for row in _rows(left[name], right[name], metric, seed, samples)]
+    for metric in _shared_metrics([both[name] for name in pairs], metrics):
+        for name, of_protocol in pairs.items():
+            if all(metric in of.metrics for of in both[name]):  # otherwise another protocol has it
+                rows += [{"protocol": name, **_row(*both[name], pair, metric, seed, samples)} for pair in of_protocol]
     for p_value in ("p_value", "wilcoxon_p_value"):
         for row, corrected in zip(rows, holm([row[p_value] for row in rows]), strict=True):
             row[f"{p_value}_holm"] = corrected
@@ -75,10 +98,11 @@ def evaluations(folder: Path) -> dict[str, Evaluation]:
     """The evaluations of a run folder by protocol.
 
     Raises:
-        InputError: there is none, or a file is damaged or lacks a column or the hash.
+        InputError: there is none, or a file is damaged or lacks a column, the hash or the controls.
     """
     root = folder / "evaluation"
-    found = {file.parent.name: _read(file, "summary.json", "candidates_hash") for file in sorted(root.glob("*/per_user.parquet"))}
+    keys = ("candidates_hash", "controls")
+    found = {file.parent.name: _read(file, "summary.json", *keys) for file in sorted(root.glob("*/per_user.parquet"))}
     if (root / "per_user.parquet").exists():
         found["lists"] = _read(root / "per_user.parquet", "results.json", "lists_hash")
     if not found:
@@ -86,7 +110,7 @@ def evaluations(folder: Path) -> dict[str, Evaluation]:
     return found
 
 
-def _read(file: Path, summary: str, key: str) -> Evaluation:
+def _read(file: Path, summary: str, *keys: str) -> Evaluation:
     values = read_parquet(file).to_pandas()
     absent = [name for name in KEYS if name not in values]
     if absent:
@@ -95,16 +119,18 @@ def _read(file: Path, summary: str, key: str) -> Evaluation:
         user = values[values.duplicated(KEYS)].iloc[0]
         cause = f"user {user['user_id']!r} has a second row under {user['condition']!r}"
         raise InputError(str(file), cause, "Keep one row for each user and condition")
-    hashed = read_json(file.parent / summary)
-    if key not in hashed:
-        raise corrupted(file.parent / summary, KeyError(key))
-    return Evaluation(file, values, hashed[key])
+    found = read_json(file.parent / summary)
+    absent = [key for key in keys if key not in found]
+    if absent:
+        raise corrupted(file.parent / summary, KeyError(*absent))
+    return Evaluation(file, values, *(found[key] for key in keys))
 
 
 def _refuse_other_candidates(a: Evaluation, b: Evaluation) -> None:
     if a.candidates_hash != b.candidates_hash:
         cause = f"the candidates are others ({a.candidates_hash} and {b.candidates_hash})"
-        raise InputError(f"{a.file} and {b.file}", cause, "Compare only runs that ranked the same candidates of the same data")
+        remedy = "Compare only runs that ranked the same candidates of the same data, or choose another --protocol"
+        raise InputError(f"{a.file} and {b.file}", cause, remedy)
 
 
 def _shared_metrics(pairs: list[tuple[Evaluation, Evaluation]], wanted: Sequence[str]) -> list[str]:
@@ -117,19 +143,28 @@ def _shared_metrics(pairs: list[tuple[Evaluation, Evaluation]], wanted: Sequence
     return chosen
 
 
-def _conditions(a: Evaluation, b: Evaluation) -> list[tuple[str, str]]:
-    left, right = (list(dict.fromkeys(of.values["condition"])) for of in (a, b))
+def _pairs(
+    where: str, both: dict[str, tuple[Evaluation, Evaluation]], condition: str | None, against: str | None
+) -> dict[str, list[tuple[str, str]]]:
+    """The conditions to compare under each protocol; named ones under those that have them."""
+    found = {name: _named(*of, condition, against or condition) if condition else _alike(*of) for name, of in both.items()}
+    pairs = {name: of for name, of in found.items() if of}
+    if not pairs or (len(pairs) < len(found) and not condition):
+        lacking = [f"{name}: {_listed(a.conditions)} against {_listed(b.conditions)}" for name, (a, b) in both.items() if not found[name]]
+        wanted = f"no {condition!r} against {against or condition!r}" if condition else "no condition is in both, controls left out"
+        raise InputError(where, f"{wanted} ({'; '.join(lacking)})", "Choose with --condition and --against, or another --protocol")
+    return pairs
+
+
+def _named(a: Evaluation, b: Evaluation, condition: str, against: str) -> list[tuple[str, str]]:
+    return [(condition, against)] if condition in a.conditions and against in b.conditions else []
+
+
+def _alike(a: Evaluation, b: Evaluation) -> list[tuple[str, str]]:
+    """Pairs of the same name, else the only pair; none where several stand against several."""
+    left, right = ([name for name in of.conditions if name not in of.controls] for of in (a, b))
     shared = [(name, name) for name in left if name in right]
-    if shared or len(left) == len(right) == 1:
-        return shared or [(left[0], right[0])]
-    cause = f"no condition is in both: {_listed(left)} against {_listed(right)}"
-    raise InputError(f"{a.file} and {b.file}", cause, "Compare folders with a condition of the same name, or of one condition each")
-
-
-def _rows(a: Evaluation, b: Evaluation, metric: str, seed: int, samples: int) -> list[dict[str, Any]]:
-    if metric not in a.metrics or metric not in b.metrics:  # another protocol has it
-        return []
-    return [_row(a, b, pair, metric, seed, samples) for pair in _conditions(a, b)]
+    return shared or ([(left[0], right[0])] if len(left) == len(right) == 1 else [])
 
 
 def _row(a: Evaluation, b: Evaluation, conditions: tuple[str, str], metric: str, seed: int, samples: int) -> dict[str, Any]:
