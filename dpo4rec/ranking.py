@@ -97,8 +97,10 @@ class Lists:
         self.lists = data.lists_of(data.users_of("test"))
         self.owners = data.list_users[self.lists]
         self.relevant = data.labels[self.lists].sum(1).long()
-        if data.ranked:
-            self.relevant = self.relevant.clamp(min=1)  # the target exists, whether or not it was retrieved
+        self.targets: dict[str, str] = {}
+        if data.ranked:  # the target exists, whether or not it was retrieved
+            self.relevant = self.relevant.clamp(min=1)
+            self.targets = dict(zip(*files.read_parquet(folder / "targets.parquet").to_pydict().values(), strict=True))
         places = _place_among_own(self.owners)
         self.topics = [f"{data.user_ids[user]}#{place}" for user, place in zip(self.owners.tolist(), places, strict=True)]
         self.users, self.item_ids, self.hash, self.popularity = self.owners, data.item_ids, summary["lists_hash"], data.popularity
@@ -106,7 +108,10 @@ class Lists:
         self.learners = int(data.users_of("train").sum())
 
     def relevant_items(self, topic: int) -> list[str]:
+        """The ids of a list's positives, or, where a retriever made it, of the user's target, which may stand outside the list."""
         row = self.lists[topic]
+        if self.targets:
+            return [self.targets[self.data.user_ids[self.owners[topic]]]]
         return [self.item_ids[code - 1] for code in self.data.candidates[row][self.data.labels[row] > 0].tolist()]
 
     def rankings(self, fit: FitFolder) -> Iterator[Ranking]:

@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+import pandas as pd
 import pyarrow as pa
 import pytest
 import yaml
@@ -93,20 +94,25 @@ def test_fits_are_compared_and_controls_only_by_name(folder: Path) -> None:
         assert row["protocol"] == "catalogue"
 
 
-def test_exported_rankings_give_the_same_metric(folder: Path) -> None:
+def test_exported_rankings_give_the_same_metrics(folder: Path) -> None:
+    """For every user and in the mean, users whose target was not retrieved included; a user's lists are topics of their own."""
     ir_measures = pytest.importorskip("ir_measures")
-    for protocol, run in (("catalogue", "popularity"), ("retrieved", "retrievers-order"), ("frozen", "popularity")):
+    measures = {"ndcg": ir_measures.nDCG, "ap": ir_measures.AP, "mrr": ir_measures.RR, "precision": ir_measures.P, "recall": ir_measures.R}
+    names = {str(measure @ 10): f"{name}@10" for name, measure in measures.items()}
+    for protocol, condition in (("catalogue", "popularity"), ("retrieved", "retriever's order"), ("frozen", "popularity")):
         out = folder / "R" / "evaluation" / protocol
-        qrels = list(ir_measures.read_trec_qrels(str(out / "qrels")))
-        found = {}
-        for metric in ir_measures.iter_calc([ir_measures.nDCG @ 10], qrels, ir_measures.read_trec_run(str(out / f"{run}.run"))):
-            found.setdefault(metric.query_id.split("#")[0], []).append(metric.value)
-        values = read_parquet(out / "per_user.parquet").to_pandas()
-        name = "retriever's order" if run.startswith("retriever") else run
-        ours = values[values["condition"] == name].set_index("user_id")["ndcg@10"]
-        for user, of in found.items():
-            assert sum(of) / len(of) == pytest.approx(ours[user], abs=1e-6)
-        assert found
+        run = ir_measures.read_trec_run(str(out / f"{condition.replace(' ', '-').replace(chr(39), '')}.run"))
+        found = ir_measures.iter_calc([of @ 10 for of in measures.values()], list(ir_measures.read_trec_qrels(str(out / "qrels"))), run)
+        theirs = pd.DataFrame(
+            [(of.query_id.split("#")[0], names[str(of.measure)], of.value) for of in found], columns=["user", "metric", "value"]
+        )
+        theirs = theirs.groupby(["user", "metric"])["value"].mean().unstack()
+        ours = read_parquet(out / "per_user.parquet").to_pandas()
+        ours = ours[ours["condition"] == condition].set_index("user_id")[list(theirs.columns)]
+        pd.testing.assert_frame_equal(ours.sort_index(), theirs.sort_index(), check_names=False, atol=1e-6, rtol=0)
+        means = read_json(out / "summary.json")["metrics"][condition]
+        assert {name: means[name] for name in names.values()} == pytest.approx(theirs.mean().to_dict(), abs=1e-6)
+    assert read_json(folder / "R" / "retrieved" / "summary.json")["share_with_target"] < 1
 
 
 def test_a_finished_fit_is_skipped_and_another_name_is_not(folder: Path) -> None:

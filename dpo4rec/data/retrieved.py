@@ -59,7 +59,8 @@ def prepare_retrieved(
     """Writes a data folder whose lists are the candidates of each user with one test target; returns its summary.
 
     The history of a user is everything before the target, at most `data.history_length` interactions. The label is 1 for the target. With
-    `ranked` in the summary the lists stand in the retriever's order; a list without the target stays: its user was not served.
+    `ranked` in the summary the lists stand in the retriever's order; a list without the target stays: its user was not served. So
+    `targets.parquet` (user_id, item_id) has every user's target, retrieved or not.
 
     Args:
         sequences: folder that `prepare_sequences` wrote (leave-one-out).
@@ -87,6 +88,7 @@ def prepare_retrieved(
     )
     write_parquet(_histories(table, kept, before, data.history_length), out / "histories.parquet")
     write_parquet(lists, out / "lists.parquet")
+    write_parquet(pa.table({"user_id": chosen, "item_id": [held[user] for user in kept]}), out / "targets.parquet")
     found = float(np.mean([any(labels) for labels in lists["labels"].to_pylist()]))
     summary = {"lists": len(lists), "share_with_target": found, "ranked": not config.add_held_out, "lists_hash": lists_hash(lists)}
     write_json(summary, out / "summary.json")
