@@ -167,11 +167,16 @@ def config_of(values: dict[str, Any]) -> Config:
 def recommender_of(config: Config, model: str, name: str, lists: str | None, texts: list[str], settings: list[str]) -> FitOptions:
     """What a fit for its own sake is told: the run's part for the model's kind, with `settings` ("recommender.KEY=" or "sequential.KEY=").
 
+    A run rewards texts, so its own `user_signal` holds text. Unless `settings` have another, a re-ranker without `texts` reads the history
+    instead, and MIR, which always needs it, reads both.
+
     Raises:
         InputError: an unknown model, a setting of the other kind of model, a wrong value, or texts that are not read.
     """
     part = "sequential" if model in SEQUENTIAL else "recommender"
     values: dict[str, Any] = {part: getattr(config, part).model_dump()}
+    if part == "recommender":
+        values[part]["user_signal"] = "history" if not texts else "history+text" if model == "mir" else config.recommender.user_signal
     for setting in settings:
         if not setting.startswith(f"{part}."):
             raise InputError(f"--set {setting}", f"{model} does not read it", f"Its settings begin with {part}.")

@@ -52,7 +52,8 @@ class Recommenders:
         def work() -> Report:
             units = [job_unit(Path(job.out).name, job) for job in jobs]
             self.run.stream(f"{options.name} (fit)", [self.run.step(worker, config, out / "fits")], units)
-            return {"fits": files.read_parquet(out / "fits").to_pylist()}
+            signal = {"user_signal": options.recommender.user_signal} if options.recommender else {}
+            return {**signal, "fits": files.read_parquet(out / "fits").to_pylist()}
 
         settings = {**options.model_dump(mode="json"), "seeds": len(jobs), **self.run.pool_settings()}
         return self.run.stage(f"recommenders/{options.name}/fit", settings, inputs, [out], work)

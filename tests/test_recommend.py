@@ -121,6 +121,14 @@ def test_a_finished_fit_is_skipped_and_another_name_is_not(folder: Path) -> None
     assert read_json(folder / "R" / "manifest.json")["stages"]["recommenders/sasrec/fit"] == before
 
 
+def test_what_is_read_of_the_user_follows_from_the_texts(folder: Path) -> None:
+    stages = read_json(folder / "R" / "manifest.json")["stages"]
+    read = {name: stages[f"recommenders/{name}/fit"]["report"].get("user_signal") for name in ("prm-history", "prm-text", "mir", "sasrec")}
+    assert read == {"prm-history": "history", "prm-text": "text", "mir": "history", "sasrec": None}
+    said = call("fit", str(folder / "R"), "--model", "mir", "--name", "mir-text", "--texts", str(folder / "profiles.jsonl"))
+    assert "user_signal: history+text" in said
+
+
 def test_the_retrieved_lists_are_the_retrievers(folder: Path) -> None:
     lists = read_parquet(folder / "R" / "retrieved" / "lists.parquet").to_pylist()
     sequences = {row["user_id"]: row for row in read_parquet(folder / "R" / "sequences" / "sequences.parquet").to_pylist()}
@@ -137,7 +145,7 @@ def test_real_interactions_of_a_table_are_learned_and_ranked(real_data, tmp_path
     values["data"] |= {"table": {"rating_column": None, "timestamp_column": "position"}, "max_users": 400, "max_lists_per_user": 2}
     (tmp_path / "games.yaml").write_text(yaml.safe_dump(values))
     call("fit", str(tmp_path / "R"), "--config", str(tmp_path / "games.yaml"), "--model", "sasrec")
-    call("fit", str(tmp_path / "R"), "--model", "prm", "--set", "recommender.user_signal=history", "--set", "recommender.item_text=false")
+    call("fit", str(tmp_path / "R"), "--model", "prm", "--set", "recommender.item_text=false")
     assert "cold" in call("evaluate", str(tmp_path / "R"))
     summary = read_json(tmp_path / "R" / "evaluation" / "catalogue" / "summary.json")
     assert summary["users"] == 400
@@ -181,12 +189,12 @@ def test_a_file_of_candidates(folder: Path, tmp_path: Path) -> None:
         (["--model", "bert"], "model"),
         (["--model", "sasrec", "--set", "recommender.epochs=2"], "does not read it"),
         (["--model", "prm", "--set", "recommender.epoch=2"], "epochs"),
-        (["--model", "prm"], "user texts are read but not given"),
+        (["--model", "prm", "--set", "recommender.user_signal=text"], "user texts are read but not given"),
         (["--model", "mir", "--texts", "profiles.jsonl", "--set", "recommender.user_signal=text"], "history"),
         (["--texts", "profiles.jsonl"], "--model"),
         (["--model", "prm", "--round", "1"], "--round"),
         (["--model", "gru4rec", "--set", "sequential.heads=2"], "no attention"),
-        (["--model", "dlcm", "--set", "recommender.heads=4", "--set", "recommender.user_signal=history"], "no attention"),
+        (["--model", "dlcm", "--set", "recommender.heads=4"], "no attention"),
         (["--model", "sasrec", "--name", "../up"], "no file name"),
         (["--model", "sasrec", "--set", "sequences.split=global-time"], "another value"),
     ],
