@@ -1,5 +1,7 @@
 """Recommenders fitted and measured for their own sake: the commands of docs/recommenders.md, protocols, texts, resuming."""
 
+import collections
+import math
 import re
 import shlex
 from pathlib import Path
@@ -15,6 +17,7 @@ from dpo4rec.data.retrieved import RetrievedConfig, prepare_retrieved
 from dpo4rec.errors import InputError
 from dpo4rec.evaluation.comparison import compare
 from dpo4rec.files import read_json, read_parquet, write_parquet
+from dpo4rec.recommenders.sequential import SequentialRecommender
 
 PAGE = Path(__file__).parents[1] / "docs" / "recommenders.md"
 SMALL = {
@@ -151,6 +154,63 @@ def test_real_interactions_of_a_table_are_learned_and_ranked(real_data, tmp_path
     assert summary["users"] == 400
     assert read_json(tmp_path / "R" / "sequences" / "summary.json")["items"] > 10_000
     assert 0 < summary["metrics"]["sasrec"]["hr@10"] < 1
+
+
+def measured(tmp_path: Path, model: str, *settings: str) -> Path:
+    """The run folder of a tiny model of the next item, fitted and evaluated."""
+    values = {**SMALL, "data": {"simulation": {"users": 40, "items": 200, "interactions_per_user": 16}}}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({**values, "evaluation": {"seeds": 1, "bootstrap_samples": 200}}))
+    words = [word for setting in settings for word in ("--set", setting)]
+    if "sequential.user_text=true" in settings:
+        rows = "\n".join(f'{{"user_id": "u{n:02}", "text": "likes comedy and drama {n % 5}"}}' for n in range(41))
+        (tmp_path / "profiles.jsonl").write_text(rows)
+        words += ["--texts", str(tmp_path / "profiles.jsonl")]
+    call("fit", str(tmp_path / "R"), "--config", str(tmp_path / "tiny.yaml"), "--model", model, *words)
+    call("evaluate", str(tmp_path / "R"))
+    return tmp_path / "R"
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "of_chance"),
+    [
+        ("sasrec", "gbce", (20 + 1 - 0.75 * (1 - 20 / 199)) * math.log(2)),
+        ("gru4rec", "sampled-softmax", math.log(21)),
+        ("sasrec", "cross-entropy", math.log(200)),
+    ],
+)
+def test_every_loss_begins_at_that_of_chance(tmp_path: Path, model: str, loss: str, of_chance: float) -> None:
+    negatives = [] if loss == "cross-entropy" else ["sequential.negatives=20"]
+    folder = measured(tmp_path, model, f"sequential.loss={loss}", *negatives)
+    history = read_json(folder / "recommenders" / model / "models" / "seed-0" / "history.json")["history"]
+    assert history[0]["loss"] == pytest.approx(of_chance, rel=0.1)
+    assert read_json(folder / "evaluation" / "catalogue" / "summary.json")["metrics"][model]["recall@50"] > 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        ["sequential.user_text=true"],
+        ["sequential.item_text=true"],
+        ["sequences.split=global-time", "sequential.item_text=true", "sequential.user_text=true"],
+        ["sequences.split=global-time"],
+    ],
+)
+def test_texts_and_the_cut_in_time_reach_what_is_ranked(tmp_path: Path, settings: list[str]) -> None:
+    folder = measured(tmp_path, "sasrec", *settings)
+    out = folder / "evaluation" / "catalogue"
+    touched = {
+        item
+        for row in read_parquet(folder / "sequences" / "sequences.parquet").to_pylist()
+        for item in row["item_ids"][: row["train_length"]]
+    }
+    ranked = {line.split()[2] for line in (out / "sasrec.run").read_text().splitlines()}
+    assert bool(ranked - touched) == ("sequential.item_text=true" in settings)  # items without training have nothing but their text
+    targets = collections.Counter(line.split()[0] for line in (out / "qrels").read_text().splitlines())
+    assert (max(targets.values()) > 1) == ("sequences.split=global-time" in settings)
+    fitted = SequentialRecommender.load(folder / "recommenders" / "sasrec" / "models" / "seed-0")
+    assert (fitted.user_side is not None) == ("sequential.user_text=true" in settings)
+    assert 0 < read_json(out / "summary.json")["metrics"]["sasrec"]["recall@50"] <= 1
 
 
 def test_a_file_of_candidates(folder: Path, tmp_path: Path) -> None:
