@@ -5,6 +5,7 @@ import math
 import re
 import shlex
 from pathlib import Path
+from urllib.parse import unquote
 
 import pandas as pd
 import pyarrow as pa
@@ -211,6 +212,26 @@ def test_texts_and_the_cut_in_time_reach_what_is_ranked(tmp_path: Path, settings
     fitted = SequentialRecommender.load(folder / "recommenders" / "sasrec" / "models" / "seed-0")
     assert (fitted.user_side is not None) == ("sequential.user_text=true" in settings)
     assert 0 < read_json(out / "summary.json")["metrics"]["sasrec"]["recall@50"] <= 1
+
+
+def test_ids_with_blanks_reach_other_tools_and_come_back(tmp_path: Path) -> None:
+    """As Steam's user names have them."""
+    ir_measures = pytest.importorskip("ir_measures")
+    users = [f"{name} {n}" for name in ("Chaos Syren", "50% 20%20", "Zoë\u00a0愛") for n in range(6)]
+    items = [f"Half Life\t{n}" for n in range(12)]
+    log = [{"user_id": user, "item_id": items[(3 * n + step) % 12], "timestamp": step} for n, user in enumerate(users) for step in range(6)]
+    write_parquet(pa.Table.from_pylist(log), tmp_path / "interactions.parquet")
+    write_parquet(pa.table({"item_id": items, "title": items}), tmp_path / "items.parquet")
+    data = {"source": "table", "folder": str(tmp_path), "k_core": 1, "like_threshold": 0, "table": {"rating_column": None}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**SMALL, "data": data}))
+    call("fit", str(tmp_path / "R"), "--config", str(tmp_path / "mine.yaml"), "--model", "sasrec", "--set", "evaluation.seeds=1")
+    call("evaluate", str(tmp_path / "R"))
+    out = tmp_path / "R" / "evaluation" / "catalogue"
+    run, qrels = list(ir_measures.read_trec_run(str(out / "sasrec.run"))), list(ir_measures.read_trec_qrels(str(out / "qrels")))
+    assert {unquote(line.query_id) for line in run} == {unquote(line.query_id) for line in qrels} == set(users)
+    assert {unquote(line.doc_id) for line in run + qrels} == set(items)
+    (theirs,) = ir_measures.calc_aggregate([ir_measures.nDCG @ 10], qrels, run).values()
+    assert theirs == pytest.approx(read_json(out / "summary.json")["metrics"]["sasrec"]["ndcg@10"], abs=1e-6)
 
 
 def test_a_file_of_candidates(folder: Path, tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """Rankings and judgements as TREC run and qrels files, which trec_eval, ir-measures and others read.
 
-A topic is a list to be ranked: a user, or one of a user's lists under a name of its own ("42#0"). The formats separate by blanks, so ids
-with white space are refused, not rewritten: a rewritten id no longer joins with anything. Files are written topic by topic.
+A topic is a list to be ranked: a user, or one of a user's lists under a name of its own ("42#0"). The formats separate by blanks, so white
+space and "%" in names are percent-encoded ("Chaos%20Syren"); `urllib.parse.unquote` gives the ids back, which join with other files. Files
+are written topic by topic.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 from torch import Tensor
@@ -29,10 +32,10 @@ def write_run(rankings: Iterable[Ranking], path: Path, tag: str) -> None:
         tag: name of the system.
 
     Raises:
-        InputError: an id or the tag is empty or has white space, a topic comes twice, an item comes twice in a topic, or scores are not
-            finite, rise, or are not as many as the items.
+        InputError: an id or the tag is empty, a topic comes twice, an item comes twice in a topic, or scores are not finite, rise, or are
+            not as many as the items.
     """
-    _refuse_blanks(tag, f"tag of {path.name}")
+    tag = _encoded(tag, f"tag of {path.name}")
     with atomic(path) as partial, partial.open("w", encoding="utf-8") as stream:
         for topic, items, scores in _checked(rankings, path):
             written = _strictly_falling(np.array(scores, dtype=np.float32), len(items), f"{path.name}, topic {topic}")
@@ -46,7 +49,7 @@ def write_qrels(relevant: Iterable[tuple[str, Sequence[str]]], path: Path) -> No
     """Writes the relevant items of each topic as lines `topic 0 item 1`; a topic without any leaves no line.
 
     Raises:
-        InputError: an id is empty or has white space, a topic comes twice, or an item comes twice in a topic.
+        InputError: an id is empty, a topic comes twice, or an item comes twice in a topic.
     """
     with atomic(path) as partial, partial.open("w", encoding="utf-8") as stream:
         for topic, items, _ in _checked(((topic, items, ()) for topic, items in relevant), path):
@@ -67,23 +70,22 @@ def rankings_of(topics: Iterable[str], item_ids: Sequence[str], top: Tensor, sco
 
 
 def _checked(rankings: Iterable[Ranking], path: Path) -> Iterator[Ranking]:
+    """The rankings with encoded names."""
     seen: set[str] = set()
     for topic, items, scores in rankings:
         where = f"{path.name}, topic {topic}"
-        _refuse_blanks(topic, where)
         if topic in seen:
             raise InputError(where, "the topic was there before", "Give each list of a user a name of its own")
         if len(set(items)) < len(items):
             raise InputError(where, "an item stands there twice", "Rank each item once")
-        for item in items:
-            _refuse_blanks(item, where)
         seen.add(topic)
-        yield topic, items, scores
+        yield _encoded(topic, where), [_encoded(item, where) for item in items], scores
 
 
-def _refuse_blanks(name: str, where: str) -> None:
-    if len(name.split()) != 1 or name != name.strip():
-        raise InputError(where, f"the name {name!r} is empty or has white space, which separates fields", "Export with other ids")
+def _encoded(name: str, where: str) -> str:
+    if not name:
+        raise InputError(where, "a name is empty, and blanks separate fields", "Give every user and item an id")
+    return re.sub(r"[\s%]", lambda found: quote(found[0]), name)
 
 
 def _strictly_falling(scores: np.ndarray, count: int, where: str) -> np.ndarray:
