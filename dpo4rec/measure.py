@@ -157,5 +157,7 @@ def _deviation(of_seeds: Sequence[Tensor], users: Tensor, count: int) -> float:
 
 
 def _cold(summary: dict[str, Any]) -> dict[str, Any]:
-    names = ("cold_test_users", "cold_test_interactions", "test_interactions", "users_without_target", "share_with_target")
-    return {name: summary[name] for name in names if name in summary}
+    """What the data's summary counts of them: of the catalogue's users and targets, or of the lists' candidates and targets."""
+    of_catalogue = ["cold_test_users", "cold_test_interactions", "test_interactions", "users_without_target"]
+    of_lists = ["cold_test_candidates", "cold_test_targets", "share_with_target"]
+    return {name: summary[name] for name in [*of_catalogue, *of_lists] if name in summary}

@@ -18,7 +18,7 @@ from dpo4rec.data.config import DataConfig
 from dpo4rec.data.prepare import prepare
 from dpo4rec.errors import InputError
 from dpo4rec.evaluation.metrics import ndcg, per_user
-from dpo4rec.files import read_parquet, write_parquet
+from dpo4rec.files import read_parquet, read_tensors, write_parquet, write_tensors
 from dpo4rec.recommenders.config import RecommenderConfig
 from dpo4rec.recommenders.fit import FitReport, fit
 from dpo4rec.recommenders.lists import RankingData, RankingFiles
@@ -378,6 +378,40 @@ def test_a_model_refuses_another_catalogue_and_damaged_files(data: RankingData, 
         Reranker.load(tmp_path / "recommender")
     with pytest.raises(InputError, match="no such file"):
         Reranker.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(("model", "signal"), [("prm", "text"), ("dlcm", "history"), ("mir", "history+text")])
+def test_an_item_that_no_training_user_has_is_known_by_its_attributes_alone(
+    data: RankingData, tmp_path: Path, model: str, signal: str
+) -> None:
+    last, test = len(data.item_ids), data.users_of("test")
+    elsewhere = data.candidates.masked_fill((data.candidates == last) & ~test[data.list_users, None], 1)
+    histories = data.histories.masked_fill((data.histories == last) & ~test[:, None], 1)
+    data = replace(data, candidates=elsewhere, histories=histories)
+    lists = data.lists_of(test)
+    lists = lists[(data.candidates[lists] == last).any(1)]
+    vectors = USERS[data.list_users[lists], 0] if "text" in signal else None
+    fitted(data, small(model=model, user_signal=signal, epochs=1))[0].save(tmp_path / "fitted")
+
+    def scores(changed: int) -> torch.Tensor:
+        reranker = Reranker.load(tmp_path / "fitted").bind(data, ITEMS)
+        reranker.items.ids.weight.data[changed] += 1
+        return logits_of(reranker, data, lists, vectors)
+
+    other = next(code for code in data.candidates[lists[0]].tolist() if code != last)
+    before = logits_of(Reranker.load(tmp_path / "fitted").bind(data, ITEMS), data, lists, vectors)
+    assert torch.equal(scores(last), before)
+    assert not torch.equal(scores(other), before)
+
+
+def test_a_model_saved_before_items_could_be_cold_is_read(data: RankingData, tmp_path: Path) -> None:
+    reranker, _ = fitted(data, small(user_signal="history", item_text=False, epochs=1))
+    reranker.save(tmp_path / "fitted")
+    weights = read_tensors(tmp_path / "fitted" / "model.safetensors")
+    del weights["items.warm"]
+    write_tensors(weights, tmp_path / "fitted" / "model.safetensors")
+    old, lists = Reranker.load(tmp_path / "fitted").bind(data, None), torch.arange(5)
+    assert torch.equal(logits_of(old, data, lists, None), logits_of(reranker, data, lists, None))
 
 
 def test_items_without_genres_or_years_and_ratings_of_one_value(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from dpo4rec.data.config import DataConfig
 from dpo4rec.data.splits import Log
@@ -62,6 +63,17 @@ def lists_hash(lists: pa.Table) -> str:
     for row in lists.to_pylist():
         digest.update(json.dumps([row[name] for name in LISTS.names], separators=(",", ":")).encode() + b"\n")
     return digest.hexdigest()[:16]
+
+
+def count_cold(lists: pa.Table, histories: pa.Table, users: pa.Table) -> dict[str, int]:
+    """How many candidates of the test users, and how many targets (label 1) among them, no list or history of a training user holds."""
+    train, test = (users.filter(pc.equal(users["split"], split))["user_id"].combine_chunks() for split in ("train", "test"))
+    learned, tested = (lists.filter(pc.is_in(lists["user_id"], of)) for of in (train, test))
+    read = histories.filter(pc.is_in(histories["user_id"], train))
+    known = [pc.unique(pc.list_flatten(column)) for column in (learned["candidates"], read["item_ids"])]
+    cold = pc.invert(pc.is_in(pc.list_flatten(tested["candidates"]), pa.concat_arrays(known)))
+    targets = pc.and_(cold, pc.equal(pc.list_flatten(tested["labels"]), 1))
+    return {"cold_test_candidates": pc.sum(cold).as_py() or 0, "cold_test_targets": pc.sum(targets).as_py() or 0}
 
 
 def _draw(weights: np.ndarray, touched: np.ndarray, rows: int, width: int, rng: np.random.Generator) -> np.ndarray | None:

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from dpo4rec.data.config import DataConfig
-from dpo4rec.data.lists import build_lists, lists_hash
+from dpo4rec.data.lists import build_lists, count_cold, lists_hash
 from dpo4rec.data.schema import Tables, codes_of
 from dpo4rec.data.sources import read_source
 from dpo4rec.data.splits import SPLITS, Log, sample_users, split_users
@@ -30,12 +30,12 @@ def prepare(config: DataConfig, seed: int, out: Path) -> dict[str, Any]:
     training_history = history & (splits[log.owners()] == SPLITS.index("train"))
     popularity = np.bincount(log.item_codes[training_history], minlength=len(log.items)) + 1.0
     lists = build_lists(log, config, popularity, seed)
-    users = _users(tables, log, splits)
+    users, histories = _users(tables, log, splits), _histories(log, history)
 
     write_parquet(_interactions(log), out / "interactions.parquet")
     write_parquet(tables.items, out / "items.parquet")
     write_parquet(users, out / "users.parquet", ROWS_A_GROUP)
-    write_parquet(_histories(log, history), out / "histories.parquet", ROWS_A_GROUP)
+    write_parquet(histories, out / "histories.parquet", ROWS_A_GROUP)
     write_parquet(lists, out / "lists.parquet", ROWS_A_GROUP)
     if tables.preferences is not None:
         kept = codes_of(tables.preferences["user_id"], log.users) >= 0
@@ -47,6 +47,7 @@ def prepare(config: DataConfig, seed: int, out: Path) -> dict[str, Any]:
         "interactions": len(log.item_codes),
         "lists": lists.num_rows,
         "lists_with_a_positive": sum(any(labels) for labels in lists["labels"].to_pylist()),
+        **count_cold(lists, histories, users),
         "dropped_users": {"too_few_interactions": short, "beyond_max_users": tables.users.num_rows - short - len(log.users)},
         "lists_hash": lists_hash(lists),
         **tables.report,

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
 from dpo4rec.data.config import DataConfig
-from dpo4rec.data.lists import LISTS, lists_hash
+from dpo4rec.data.lists import LISTS, count_cold, lists_hash
 from dpo4rec.data.schema import codes_of
 from dpo4rec.data.splits import SPLITS, split_users
 from dpo4rec.errors import InputError
@@ -81,16 +81,21 @@ def prepare_retrieved(
     if not len(kept):
         raise InputError("candidates", "none of their users is in the data", "Give candidates for this data's users")
     splits = split_users(len(kept), data.validation_share, data.test_share, seed)
-    chosen = users.take(pa.array(kept))
+    known = pa.table({"user_id": users.take(pa.array(kept)), "profile": [""] * len(kept), "split": np.array(SPLITS)[splits].tolist()})
+    histories = _histories(table, kept, before, data.history_length)
     write_parquet(items, out / "items.parquet")
-    write_parquet(
-        pa.table({"user_id": chosen, "profile": [""] * len(kept), "split": np.array(SPLITS)[splits].tolist()}), out / "users.parquet"
-    )
-    write_parquet(_histories(table, kept, before, data.history_length), out / "histories.parquet")
+    write_parquet(known, out / "users.parquet")
+    write_parquet(histories, out / "histories.parquet")
     write_parquet(lists, out / "lists.parquet")
     write_parquet(pa.table({"user_id": chosen, "item_id": [held[user] for user in kept]}), out / "targets.parquet")
     found = float(np.mean([any(labels) for labels in lists["labels"].to_pylist()]))
-    summary = {"lists": len(lists), "share_with_target": found, "ranked": not config.add_held_out, "lists_hash": lists_hash(lists)}
+    summary = {
+        "lists": len(lists),
+        "share_with_target": found,
+        **count_cold(lists, histories, known),
+        "ranked": not config.add_held_out,
+        "lists_hash": lists_hash(lists),
+    }
     write_json(summary, out / "summary.json")
     return summary
 

@@ -61,6 +61,7 @@ def fit(
         torch.manual_seed(stable_seed("recommender", seed))
         model = _build(config, data, item_vectors, user_vectors, train_users)
         lists = _training_lists(config, data, train_users)
+        model.items.warm.copy_(_seen(config, data, lists))
         losses, scores, best = _train(model, data, user_vectors, lists, data.lists_of(validation_users), seed)
     model.load_state_dict(best)
     report = FitReport(losses, scores, 1 + scores.index(max(scores)), time.perf_counter() - started)
@@ -108,6 +109,15 @@ def _train(
         if scores[-1] == max(scores) and scores.count(scores[-1]) == 1:
             best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     return losses, scores, best
+
+
+def _seen(config: RecommenderConfig, data: RankingData, lists: Tensor) -> Tensor:
+    """1 for each item code [I+1] whose id vector the lists teach: it is a candidate, or in a history that is read; 0 for the others."""
+    seen = torch.zeros(len(data.item_ids) + 1)
+    seen[data.candidates[lists].unique()] = 1
+    if config.reads_history:
+        seen[data.histories[data.list_users[lists].unique()].unique()] = 1
+    return seen
 
 
 def _training_lists(config: RecommenderConfig, data: RankingData, users: Tensor) -> Tensor:

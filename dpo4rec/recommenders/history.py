@@ -6,18 +6,25 @@ from torch import Tensor, nn
 
 
 class ItemEncoder(nn.Module):
-    """Item features [N, 3E] = [id, mean of genres, era]."""
+    """Item features [N, 3E] = [id, mean of genres, era].
+
+    `warm` [items+1] is 1 where the fit has seen the item. Another's id vector is still what it was drawn as: it counts as 0, so that such
+    an item is known by its attributes and its text.
+    """
+
+    warm: Tensor
 
     def __init__(self, items: int, genres: int, eras: int, embedding_dim: int) -> None:
         super().__init__()
         self.ids = nn.Embedding(items + 1, embedding_dim, padding_idx=0)
         self.genres = nn.Parameter(torch.randn(genres, embedding_dim))
         self.eras = nn.Embedding(eras, embedding_dim, padding_idx=0)
+        self.register_buffer("warm", torch.ones(items + 1))
         self.width = 3 * embedding_dim
 
     def forward(self, codes: Tensor, genres: Tensor, eras: Tensor) -> Tensor:
         """Item codes [N], their genre weights [N, genres] and era codes [N]."""
-        return torch.cat([self.ids(codes), genres @ self.genres, self.eras(eras)], -1)
+        return torch.cat([self.ids(codes) * self.warm[codes, None], genres @ self.genres, self.eras(eras)], -1)
 
 
 class HistoryEncoder(nn.Module):

@@ -165,7 +165,8 @@ class Reranker(nn.Module):
         stored, weights = read_json(file), read_tensors(folder / "model.safetensors")
         try:
             model = cls(RecommenderConfig(**stored["config"]), Sizes(**stored["sizes"]))
-            model.load_state_dict(weights)
+            unmarked = {"items.warm": model.items.warm}  # absent from models saved before items could be cold
+            model.load_state_dict(unmarked | weights)
         except (ValidationError, KeyError, TypeError, RuntimeError) as error:
             raise corrupted(file, error) from error
         return model.eval()

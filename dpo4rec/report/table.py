@@ -35,7 +35,7 @@ def print_measured(protocol: str, summary: dict[str, Any]) -> None:
         table.add_column(_heading(name), justify="right")
     for label, values in summary["metrics"].items():
         table.add_row(escape(label), *(f"{values[name]:.4f}" for name in MEASURED))
-    cold = {name: summary[name] for name in ("cold_test_users", "cold_test_interactions") if summary.get(name)}
+    cold = {name: count for name, count in summary.items() if name.startswith("cold_test_") and count}
     lines = [Text(f"{count} {name.replace('_', ' ')}: see docs/recommenders.md") for name, count in cold.items()]
     rows = [row for row in summary["comparisons"] if row["metric"] == "ndcg@10"]
     Console(width=max(Console().width, 120)).print(Group(table, _comparisons({"comparisons": rows}, "ndcg@10"), *lines))
