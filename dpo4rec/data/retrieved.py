@@ -87,7 +87,7 @@ def prepare_retrieved(
     write_parquet(known, out / "users.parquet")
     write_parquet(histories, out / "histories.parquet")
     write_parquet(lists, out / "lists.parquet")
-    write_parquet(pa.table({"user_id": chosen, "item_id": [held[user] for user in kept]}), out / "targets.parquet")
+    write_parquet(pa.table({"user_id": known["user_id"], "item_id": [held[user] for user in kept]}), out / "targets.parquet")
     found = float(np.mean([any(labels) for labels in lists["labels"].to_pylist()]))
     summary = {
         "lists": len(lists),
