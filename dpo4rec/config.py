@@ -101,11 +101,6 @@ class Config(Settings):
                 "prompt.item_request asks for item texts, and the built-in model has learned to write users' alone: use another llm.name, "
                 "or give texts by data.item_texts"
             )
-        if self.recommender.model == "mir":
-            raise ValueError(
-                "recommender.model=mir always reads the history, so rounds would have no control without it: use prm, dlcm or setrank; "
-                "`dpo4rec fit R --model mir` fits it for its own sake"
-            )
         if self.reward.kind == "log_likelihood" and self.recommender.loss == "softmax":
             raise ValueError(
                 "reward.kind=log_likelihood needs recommender.loss=bce: a softmax over a list leaves the level of its logits free"
@@ -168,7 +163,7 @@ def recommender_of(config: Config, model: str, name: str, lists: str | None, tex
     """What a fit for its own sake is told: the run's part for the model's kind, with `settings` ("recommender.KEY=" or "sequential.KEY=").
 
     A run rewards texts, so its own `user_signal` holds text. Unless `settings` have another, a re-ranker without `texts` reads the history
-    instead, and MIR, which always needs it, reads both.
+    instead, and MIR, which is made for it, reads both.
 
     Raises:
         InputError: an unknown model, a setting of the other kind of model, a wrong value, or texts that are not read.

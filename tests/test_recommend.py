@@ -271,7 +271,6 @@ def test_a_file_of_candidates(folder: Path, tmp_path: Path) -> None:
         (["--model", "sasrec", "--set", "recommender.epochs=2"], "does not read it"),
         (["--model", "prm", "--set", "recommender.epoch=2"], "epochs"),
         (["--model", "prm", "--set", "recommender.user_signal=text"], "user texts are read but not given"),
-        (["--model", "mir", "--texts", "profiles.jsonl", "--set", "recommender.user_signal=text"], "history"),
         (["--texts", "profiles.jsonl"], "--model"),
         (["--model", "prm", "--round", "1"], "--round"),
         (["--model", "gru4rec", "--set", "sequential.heads=2"], "no attention"),

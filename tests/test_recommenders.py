@@ -218,15 +218,23 @@ def test_mir_takes_users_without_history_and_does_not_see_padding(data: RankingD
     torch.testing.assert_close(logits_of(reranker.bind(shorter, ITEMS), shorter, lists, vectors), logits)
 
 
+@pytest.mark.parametrize("signal", ["none", "text"])
+def test_mir_may_be_kept_from_the_history(data: RankingData, signal: str) -> None:
+    reranker, _ = fitted(data, small(model="mir", user_signal=signal, epochs=1))
+    lists = torch.arange(40)
+    vectors = USERS[data.list_users[lists], 0] if "text" in signal else None
+    before = logits_of(reranker, data, lists, vectors)
+    others = replace(data, histories=data.histories.roll(1, 0), history_ratings=data.history_ratings.roll(1, 0))
+    assert torch.equal(logits_of(reranker.bind(others, ITEMS), others, lists, vectors), before)
+
+
 @pytest.mark.parametrize("model", ["prm", "dlcm", "setrank", "mir"])
 def test_the_rank_of_the_first_stage_is_a_feature(tmp_path: Path, model: str) -> None:
     quality = {}
-    signal = "history" if model == "mir" else "none"
     for ranked in (True, False) if model in ("setrank", "mir") else (True,):  # the others see the order itself, whatever is said of it
         write_data(tmp_path, users=120, ranked=ranked)
         data = RankingData.load(tmp_path)
-        data = replace(data, histories=torch.zeros_like(data.histories), history_ratings=torch.zeros_like(data.history_ratings))
-        reranker, _ = fitted(data, small(model=model, user_signal=signal, item_text=False))
+        reranker, _ = fitted(data, small(model=model, user_signal="none", item_text=False))
         test = data.lists_of(data.users_of("test"))
         quality[ranked] = ndcg(logits_of(reranker, data, test, None), data.labels[test], 5).nanmean()
     assert quality[True] > 0.75
@@ -353,9 +361,6 @@ def test_arguments_that_do_not_fit_are_input_errors(data: RankingData, tmp_path:
         fit(small(), data, ITEMS, USERS, torch.zeros_like(train), validation, seed=0)
     with pytest.raises(ValidationError, match="heads"):
         RecommenderConfig(hidden_dim=30, heads=4)
-    for signal in ("none", "text"):
-        with pytest.raises(ValidationError, match=f"user_signal={signal} has none"):
-            RecommenderConfig(model="mir", user_signal=signal)
     with pytest.raises(InputError, match="level of its logits"):
         resolve("quickstart", None, ["recommender.loss=softmax"])
     assert resolve("quickstart", None, ["recommender.loss=softmax", "reward.kind=ndcg"]).recommender.loss == "softmax"

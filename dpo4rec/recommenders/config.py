@@ -42,12 +42,6 @@ class RecommenderConfig(Settings):
             raise ValueError(f"hidden_dim={self.hidden_dim} is not a multiple of heads={self.heads}")
         return self
 
-    @model_validator(mode="after")
-    def _history_is_read(self) -> "RecommenderConfig":
-        if self.model == "mir" and not self.reads_history:
-            raise ValueError(f"model=mir attends to the history, and user_signal={self.user_signal} has none: use history or history+text")
-        return self
-
     @property
     def text_sides(self) -> list[str]:
         """Whose texts are read: "user", "item", both or neither."""

@@ -51,7 +51,8 @@ class Sizes(Settings):
 class Reranker(nn.Module):
     """Scores candidates from [item | history | knowledge | first-stage rank] features; needs `bind` before the first use.
 
-    Parts are as configured, the rank where lists are ranked. MIR has the history in its backbone and not among the features.
+    Parts are as configured, the rank where lists are ranked. MIR has the history in its backbone and not among the features; where
+    `user_signal` has none, it is shown an empty one.
     """
 
     ranks: Tensor | None
@@ -149,6 +150,8 @@ class Reranker(nn.Module):
     def _history_of(self, users: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Features of the distinct history items [N, width], which of them each is, its rating and its presence [users, H]."""
         histories = self.histories[users]
+        if not self.config.reads_history:  # MIR has a place for one all the same
+            histories = torch.zeros_like(histories)
         codes, places = histories.unique(return_inverse=True)
         return self.dropout(self._item_features(codes)), places, self.ratings[users], histories > 0
 
