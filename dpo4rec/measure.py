@@ -23,7 +23,7 @@ from dpo4rec.ranking import DEPTH, Catalogue, Lists, Ranking
 from dpo4rec.recommend import Recommenders
 from dpo4rec.stages import Report
 
-BEYOND_CUTOFF = 10
+BEYOND_CUTOFFS = (10,)
 COMPARED = "ndcg@10"
 
 
@@ -50,7 +50,7 @@ class Measurement:
         def work() -> Report:
             more = self.run.config.evaluation.more_cutoffs
             source = Catalogue(data, max([DEPTH, *more])) if protocol == "catalogue" else Lists(data)
-            cutoffs = self.run.config.evaluation.cutoffs(source.cutoffs)
+            cutoffs, beyond = (self.run.config.evaluation.cutoffs(usual) for usual in (source.cutoffs, BEYOND_CUTOFFS))
             item_vectors = files.read_tensors(vectors / "item_vectors.safetensors")["item_vectors"]
             padded = torch.cat([item_vectors.new_zeros(1, item_vectors.shape[1]), item_vectors])
             conditions: list[tuple[str, Iterable[Ranking]]] = [(name, [ranking]) for name, ranking in source.controls()]
@@ -59,7 +59,7 @@ class Measurement:
             values, means, deviations = {}, {}, {}
             for name, rankings in conditions:
                 exported = self._exported(name, source, rankings, protocol)
-                values[name], means[name], deviations[name] = _values(source, exported, padded, cutoffs)
+                values[name], means[name], deviations[name] = _values(source, exported, padded, cutoffs, beyond)
             write_qrels(((topic, source.relevant_items(place)) for place, topic in enumerate(source.topics)), out / "qrels")
             self._write_per_user(values, source, protocol)
             report = {
@@ -130,16 +130,16 @@ class Measurement:
 
 
 def _values(
-    source: Catalogue | Lists, rankings: Iterable[Ranking], item_vectors: Tensor, cutoffs: list[int]
+    source: Catalogue | Lists, rankings: Iterable[Ranking], item_vectors: Tensor, cutoffs: list[int], beyond: list[int]
 ) -> tuple[dict[str, Tensor], dict[str, float], dict[str, float]]:
-    """Per-user values [U] of every metric; their means over users, with the metrics of all lists at once; and the standard deviations
-    over seeds (and texts) of those means, of a single seed none.
+    """Per-user values [U] of every metric, accuracy at `cutoffs` and the others at `beyond`; their means over users, with the metrics of
+    all lists at once; and the standard deviations over seeds (and texts) of those means, of a single seed none.
     """
     totals: dict[str, list[Tensor]] = {}
     together: dict[str, list[float]] = {}
     for ranking in rankings:
         found = accuracy(ranking.hits, source.relevant, cutoffs)
-        lists, whole = beyond_accuracy(ranking.items, source.popularity, source.histories, item_vectors, [BEYOND_CUTOFF], source.learners)
+        lists, whole = beyond_accuracy(ranking.items, source.popularity, source.histories, item_vectors, beyond, source.learners)
         for name, value in (found | lists).items():
             totals.setdefault(name, []).append(value)
         for name, of_all in whole.items():

@@ -77,6 +77,8 @@ def test_every_protocol_has_its_table_and_files(folder: Path) -> None:
         assert set(values["condition"]) == conditions
         for condition, of in summary["metrics"].items():
             assert 0 <= of["recall@4"] <= of["recall@5"]
+            assert 0 < of["coverage@4"] <= of["coverage@10"]
+            assert {"novelty@4", "popularity_lift@4", "long_tail@4", "diversity@4"} <= set(values)
             mean = values[values["condition"] == condition]["ndcg@10"].mean()
             assert mean == pytest.approx(of["ndcg@10"], abs=1e-6)
         assert {row["b"] for row in summary["comparisons"]} == {next(iter(summary["metrics"]))}
