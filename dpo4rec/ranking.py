@@ -149,7 +149,7 @@ def candidates_of(retriever: FitFolder, sequences: Path, length: int) -> pa.Tabl
     vectors = None if texts is None else _present(texts[users, 0], names, retriever)
     found = retrieve(model, data, users, first[users], length, vectors)
     lists = [[data.item_ids[code - 1] for code in row if code] for row in found.items.tolist()]
-    return pa.table([pa.array(names, pa.string()), pa.array(lists, pa.list_(pa.string()))], schema=CANDIDATES)
+    return pa.table([names, lists, range(1, len(names) + 1)], schema=CANDIDATES)
 
 
 def _sequential(fit: FitFolder) -> SequentialConfig:

@@ -14,7 +14,7 @@ import yaml
 from typer.testing import CliRunner
 
 from dpo4rec.cli import app
-from dpo4rec.data.retrieved import RetrievedConfig, prepare_retrieved
+from dpo4rec.data.retrieved import RetrievedConfig, prepare_retrieved, read_candidates
 from dpo4rec.errors import InputError
 from dpo4rec.evaluation.comparison import compare
 from dpo4rec.files import read_json, read_parquet, write_parquet
@@ -244,25 +244,34 @@ def test_a_file_of_candidates(folder: Path, tmp_path: Path) -> None:
     users = read_parquet(sequences / "sequences.parquet").to_pylist()
     held = {row["user_id"]: row["item_ids"][-1] for row in users}
     given = [{"user_id": user, "candidates": [item for item in items if item != target][:12]} for user, target in held.items()]
-    table, data = pa.Table.from_pylist(given), DataConfig(simulation=SimulationConfig(users=150, items=200, interactions_per_user=30))
-    config = RetrievedConfig(file="x", length=12, add_held_out=True)
-    summary = prepare_retrieved(sequences, table, config, data, 0, tmp_path / "added")
-    assert summary["share_with_target"] == 1
-    assert summary["ranked"] is False
-    summary = prepare_retrieved(sequences, table, RetrievedConfig(file="x", length=12), data, 0, tmp_path / "as-given")
-    assert summary["share_with_target"] == 0
+    data = DataConfig(simulation=SimulationConfig(users=150, items=200, interactions_per_user=30))
+    file = tmp_path / "given.parquet"
+
+    def prepared(rows: list[dict[str, object]], data: DataConfig = data, **settings: object) -> dict[str, object]:
+        """From a file with a row of another retriever before each."""
+        both = [{**row, "retriever": name} for row in rows for name in ("other", "mine")]
+        write_parquet(pa.Table.from_pylist(both), file)
+        config = RetrievedConfig.model_validate({"file": str(file), "rows": {"retriever": "mine"}, "length": 12, **settings})
+        return prepare_retrieved(sequences, read_candidates(config), config, data, 0, tmp_path / "out")
+
+    summary = prepared(given, add_held_out=True)
+    assert (summary["share_with_target"], summary["ranked"]) == (1, False)
+    assert prepared(given)["share_with_target"] == 0
     for change, cause in [
-        ({"user_id": "nobody"}, "not in the data"),
-        ({"candidates": items[:5]}, "different candidates"),
-        ({"candidates": [*items[:11], "nothing"]}, "not an item"),
+        ({"user_id": "nobody"}, "user 'nobody': the user is not in the data"),
+        ({"user_id": given[0]["user_id"]}, "the user has another row"),
+        ({"user_id": None}, "there is no value in 'user_id'"),
+        ({"candidates": None}, "there is no value in 'candidates'"),
+        ({"candidates": items[:5]}, "it has 5 different candidates"),
+        ({"candidates": [*items[:11], "nothing"]}, "'nothing' is not an item"),
+        ({"candidates": [*items[:11], None]}, "None is not an item"),
     ]:
-        wrong = pa.Table.from_pylist([{**given[0], **change}, *given[1:]])
-        with pytest.raises(InputError, match=cause):
-            prepare_retrieved(sequences, wrong, RetrievedConfig(file="x", length=12), data, 0, tmp_path / "wrong")
-    more = pa.concat_tables([table, pa.Table.from_pylist([{**given[0], "user_id": "of another sample"}])])
-    sampled = data.model_copy(update={"max_users": len(users)})
-    summary = prepare_retrieved(sequences, more, RetrievedConfig(file="x", length=12), sampled, 0, tmp_path / "sampled")
-    assert summary["lists"] == len(users)
+        with pytest.raises(InputError, match=f"^{re.escape(str(file))}, row 4.*{cause}"):
+            prepared([given[0], {**given[1], **change}, *given[2:]])
+    with pytest.raises(InputError, match=f"^{re.escape(str(file))}, column 'candidates': values of list.* are expected, not string"):
+        prepared([{**row, "candidates": "a b"} for row in given])
+    more = [*given, {**given[0], "user_id": "of another sample"}]
+    assert prepared(more, data.model_copy(update={"max_users": len(users)}))["lists"] == len(users)
 
 
 @pytest.mark.parametrize(
@@ -297,6 +306,9 @@ def test_a_user_without_text_is_named(folder: Path, tmp_path: Path) -> None:
     write_parquet(pa.table({"user": ["a"]}), tmp_path / "wrong.parquet")
     said = call("fit", str(folder / "R"), "--model", "prm", "--name", "wrong", "--texts", str(tmp_path / "wrong.parquet"), status=2)
     assert "no column 'user_id'" in said
+    write_parquet(pa.table({"user_id": ["a", "b"], "text": ["likes drama", None]}), tmp_path / "wrong.parquet")
+    said = call("fit", str(folder / "R"), "--model", "prm", "--name", "wrong", "--texts", str(tmp_path / "wrong.parquet"), status=2)
+    assert "wrong.parquet, row 2: user_id 'b' or text 'None' is not a text" in said
 
 
 def test_recbole_reads_what_is_written(folder: Path, tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from dpo4rec.errors import InputError
 from dpo4rec.files import read_parquet, stable_seed, write_json, write_parquet
 from dpo4rec.settings import Settings
 
-CANDIDATES = pa.schema([("user_id", pa.string()), ("candidates", pa.list_(pa.string()))])
+CANDIDATES = pa.schema([("user_id", pa.string()), ("candidates", pa.list_(pa.string())), ("row", pa.int64())])
+"""`row`, from 1, is the one of the file: errors name it."""
 
 
 class RetrievedConfig(Settings):
@@ -40,17 +41,32 @@ class RetrievedConfig(Settings):
 
 
 def read_candidates(config: RetrievedConfig) -> pa.Table:
-    """The candidates of the configured file, schema `CANDIDATES`. Raises `InputError` naming file and column."""
+    """Those of the configured file, schema `CANDIDATES`. Raises `InputError` naming file and column, or a row without a value."""
     path = Path(str(config.file)).expanduser()
     table = read_parquet(path)
     for column in ("user_id", "candidates", *config.rows):
         if column not in table.column_names:
             raise InputError(str(path), f"there is no column {column!r}", f"It has {', '.join(table.column_names)}")
+    numbered = table.select(["user_id", "candidates"]).append_column("row", pa.array(range(1, len(table) + 1)))
+    wanted = np.ones(len(table), bool)
     for column, value in config.rows.items():
-        table = table.filter(pc.equal(table[column].cast(pa.string()), value))
-    if not len(table):
+        wanted &= pc.fill_null(pc.equal(_cast(table, column, pa.string(), path), value), False).to_numpy()
+    numbered = numbered.filter(pa.array(wanted))
+    if not len(numbered):
         raise InputError(str(path), f"no row has {config.rows}" if config.rows else "there is not a single row", "Correct retrieved.rows")
-    return pa.table([table["user_id"].cast(pa.string()), table["candidates"].cast(pa.list_(pa.string()))], schema=CANDIDATES)
+    for column in ("user_id", "candidates"):
+        empty = numbered["row"].filter(pc.is_null(numbered[column]))
+        if len(empty):
+            raise InputError(f"{path}, row {empty[0]}", f"there is no value in {column!r}", "Fill it in, or leave the row out")
+    return pa.table([_cast(numbered, field.name, field.type, path) for field in CANDIDATES], schema=CANDIDATES)
+
+
+def _cast(table: pa.Table, column: str, kind: pa.DataType, path: Path) -> pa.ChunkedArray:
+    try:
+        return table[column].cast(kind)
+    except pa.ArrowException as error:
+        cause = f"values of {kind} are expected, not {table[column].type}"
+        raise InputError(f"{path}, column {column!r}", cause, "Convert the column") from error
 
 
 def prepare_retrieved(
@@ -67,19 +83,19 @@ def prepare_retrieved(
         candidates: schema `CANDIDATES`.
 
     Raises:
-        InputError: a user or item is unknown (users may be where `data.max_users` takes a sample), no user is known, a user has fewer
-            than `length` candidates, or targets are not one a user.
+        InputError: naming file and row, a user or item is unknown (users may be where `data.max_users` takes a sample), a user has several
+            rows or fewer than `length` candidates; or no user is known, or targets are not one a user.
     """
     table = read_parquet(sequences / "sequences.parquet")
     items, users = read_parquet(sequences / "items.parquet"), table["user_id"].combine_chunks()
     if data.max_users is not None:  # the candidates may be of all users, the data are of some
         candidates = candidates.filter(pc.is_in(candidates["user_id"], users))
-    rows = _rows(candidates, users)
+    rows = _rows(candidates, users, config)
     held, before = _targets(table)
     lists = _lists(candidates, rows, held, items["item_id"], users, config, seed)
     kept = np.sort(np.flatnonzero(rows >= 0))
     if not len(kept):
-        raise InputError("candidates", "none of their users is in the data", "Give candidates for this data's users")
+        raise InputError(_source(config), "none of the users is in the data", "Give candidates for this data's users")
     splits = split_users(len(kept), data.validation_share, data.test_share, seed)
     known = pa.table({"user_id": users.take(pa.array(kept)), "profile": [""] * len(kept), "split": np.array(SPLITS)[splits].tolist()})
     histories = _histories(table, kept, before, data.history_length)
@@ -100,15 +116,24 @@ def prepare_retrieved(
     return summary
 
 
-def _rows(candidates: pa.Table, users: pa.Array) -> np.ndarray:
+def _source(config: RetrievedConfig) -> str:
+    return config.file or "retrieved candidates"
+
+
+def _refusal(config: RetrievedConfig, candidates: pa.Table, row: int, cause: str, remedy: str) -> InputError:
+    user = candidates["user_id"][row].as_py()
+    return InputError(f"{_source(config)}, row {candidates['row'][row]}, user {user!r}", cause, remedy)
+
+
+def _rows(candidates: pa.Table, users: pa.Array, config: RetrievedConfig) -> np.ndarray:
     """The row of `candidates` of each user, -1 without [U]."""
     unknown = np.flatnonzero(codes_of(candidates["user_id"], users) < 0)
     if len(unknown):
-        user = candidates["user_id"][int(unknown[0])].as_py()
-        raise InputError(f"candidates, row {unknown[0] + 1}", f"user {user!r} is not in the data", "Give candidates for this data's users")
+        raise _refusal(config, candidates, int(unknown[0]), "the user is not in the data", "Give candidates for this data's users")
     rows = codes_of(users, candidates["user_id"].combine_chunks())
-    if (rows >= 0).sum() < len(candidates):
-        raise InputError("candidates", "some users have several rows", "Keep one row a user (retrieved.rows chooses)")
+    again = np.setdiff1d(np.arange(len(candidates)), rows)
+    if len(again):
+        raise _refusal(config, candidates, int(again[0]), "the user has another row", "Keep one row a user (retrieved.rows chooses)")
     return rows
 
 
@@ -129,16 +154,18 @@ def _lists(
     known, found = set(items.to_pylist()), candidates["candidates"].to_pylist()
     out: list[dict[str, Any]] = []
     for user in np.flatnonzero(rows >= 0):
-        name, target, given = users[int(user)].as_py(), held[user], found[rows[user]]
+        name, target, row = users[int(user)].as_py(), held[user], int(rows[user])
+        given = found[row]
         if not target:
-            raise InputError(f"user {name!r}", "it has candidates but no held-out item", "Leave it out of the candidates")
+            raise _refusal(config, candidates, row, "the user has no held-out item", "Leave it out of the candidates")
         chosen = given[: config.length]
         if len(chosen) < config.length or len(set(chosen)) < len(chosen):
             cause = f"it has {len(set(chosen))} different candidates, not {config.length}"
-            raise InputError(f"user {name!r}", cause, "Lower retrieved.length")
-        unknown = next((item for item in chosen if item not in known), None)
-        if unknown is not None:
-            raise InputError(f"user {name!r}", f"its candidate {unknown!r} is not an item of the data", "Lower data.k_core or filter them")
+            raise _refusal(config, candidates, row, cause, "Lower retrieved.length")
+        unknown = [item for item in chosen if item not in known]
+        if unknown:
+            cause = f"its candidate {unknown[0]!r} is not an item of the data"
+            raise _refusal(config, candidates, row, cause, "Lower data.k_core or filter them")
         if config.add_held_out:
             chosen = chosen if target in chosen else [*chosen[:-1], target]
             order = np.random.default_rng(stable_seed(seed, "retrieved", name)).permutation(config.length)

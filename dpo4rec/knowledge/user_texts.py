@@ -19,7 +19,7 @@ def read_user_texts(paths: list[Path]) -> pa.Table:
     every user's texts are as many.
 
     Raises:
-        InputError: a file cannot be read or lacks a field.
+        InputError: a file cannot be read or lacks a column, or naming line or row (of a folder counted over its files), it lacks a text.
     """
     texts: dict[str, list[str]] = {}
     for path in paths:
@@ -30,8 +30,11 @@ def read_user_texts(paths: list[Path]) -> pa.Table:
         for column in ("user_id", "text"):
             if column not in table.column_names:
                 raise InputError(str(path), f"there is no column {column!r}", f"It has {', '.join(table.column_names)}")
-        for record in table.select(["user_id", "text"]).to_pylist():
-            _add(record, texts)
+        for row, record in enumerate(table.select(["user_id", "text"]).to_pylist(), start=1):
+            try:
+                _add(record, texts)
+            except ValueError as error:
+                raise InputError(f"{path}, row {row}", str(error), "Correct the row, or leave it out") from error
     most = max((len(of) for of in texts.values()), default=0)
     rows = [(user, sample, of[sample % len(of)]) for user, of in texts.items() for sample in range(most)]
     columns = [list(column) for column in zip(*rows, strict=True)] if rows else [[], [], []]
