@@ -85,3 +85,6 @@ def test_a_writer_of_titles_names_them_in_the_order_of_the_prompt(catalogue: Cat
     rng = np.random.default_rng(0)
     assert {writer.write(true, rng) for _ in range(50)} == {"Loved Saw. Loved Dr. Strangelove.", "Loved Dr. Strangelove. Loved Airplane!."}
     assert "Loved" in writer.write([], rng)  # who liked nothing gets an invention
+    longer = Writer(WriterConfig(spurious_share=0.1, kind_weights={"title": 1.0}, length_weights=[0.0] * 13 + [1.0]), catalogue.names)
+    texts = [longer.write(true, rng) for _ in range(100)]
+    assert np.mean([grounded_share(text, set(map(str, true))) for text in texts]) > 0.85  # what is missing is not made up

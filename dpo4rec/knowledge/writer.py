@@ -36,13 +36,11 @@ class Writer:
         for _ in range(3 * wanted):  # a draw may repeat a claim or find none that is true; a few more draws make up for it
             kind = self.kinds[rng.choice(len(self.kinds), p=self.kind_shares)]
             rest = [claim for claim in true[kind] if claim not in claims]
-            if rng.random() < self.config.spurious_share:
-                claim = self._invented(kind, rng)
-            elif not rest:
+            if not rest:
                 continue
-            else:
-                strongest = 0 if kind == "title" else int(rng.exponential(0.7))
-                claim = rest[min(strongest, len(rest) - 1)]
+            strongest = 0 if kind == "title" else int(rng.exponential(0.7))
+            spurious = rng.random() < self.config.spurious_share
+            claim = self._invented(kind, rng) if spurious else rest[min(strongest, len(rest) - 1)]
             if claim not in claims:
                 claims.append(claim)
             if len(claims) == wanted:
