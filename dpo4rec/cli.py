@@ -201,11 +201,15 @@ def evaluate(run_dir: RunDir, cluster: Cluster = None, set_: Settings = None) ->
     with _open(_resolved(run_dir, None, None, None, cluster, set_), run_dir) as job:
         measurement = Measurement(Recommenders(job))
         protocols = measurement.protocols()
-        if (run_dir / "round-0" / "samples").is_dir() or not protocols:
+        if (run_dir / "round-0" / "samples").is_dir() or not (protocols or measurement.unfinished):
             job.sample(job.config.rounds)
             print_results(Experiment(job).evaluate())
         for protocol, fits in protocols.items():
             print_measured(protocol, measurement.measure(protocol, fits))
+        if measurement.unfinished:
+            where = ", ".join(str(fit.path) for fit in measurement.unfinished)
+            cause = "not measured: the fit is not finished, or its data or texts have changed since"
+            raise InputError(where, cause, "Run its `dpo4rec fit` again, or remove the folder")
 
 
 @app.command()

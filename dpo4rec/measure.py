@@ -28,16 +28,16 @@ COMPARED = "ndcg@10"
 
 
 class Measurement:
-    """Of the fits of a run folder."""
+    """Of the finished fits of a run folder; `unfinished` are those that must be fitted (again) before they can be measured."""
 
     def __init__(self, recommenders: Recommenders) -> None:
         self.recommenders, self.run = recommenders, recommenders.run
         self.folder = self.run.folder / "evaluation"
+        self.fits, self.unfinished = recommenders.fits()
 
     def protocols(self) -> dict[Protocol, list[FitFolder]]:
-        """The fits by protocol, in the order of `PROTOCOLS`."""
-        fits = self.recommenders.fits()
-        found = {protocol: [fit for fit in fits if fit.options.protocol == protocol] for protocol in PROTOCOLS}
+        """The finished fits by protocol, in the order of `PROTOCOLS`."""
+        found = {protocol: [fit for fit in self.fits if fit.options.protocol == protocol] for protocol in PROTOCOLS}
         return {protocol: of for protocol, of in found.items() if of}
 
     def measure(self, protocol: Protocol, fits: list[FitFolder]) -> Report:

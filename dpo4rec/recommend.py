@@ -44,8 +44,8 @@ class Recommenders:
         """
         data = self.data_of(options.protocol)
         fit = FitFolder(self.folder / "recommenders" / options.name)
+        self._encode(options, fit.path / "texts", data)
         files.write_json(options.model_dump(mode="json"), fit.path / "fit.json")
-        inputs = [data, *self._encoded(options, fit.path / "texts", data)]
         out = fit.path / "models"
         worker, config, jobs = self._jobs(fit, data, out)
 
@@ -55,13 +55,28 @@ class Recommenders:
             signal = {"user_signal": options.recommender.user_signal} if options.recommender else {}
             return {**signal, "fits": files.read_parquet(out / "fits").to_pylist()}
 
-        settings = {**options.model_dump(mode="json"), "seeds": len(jobs), **self.run.pool_settings()}
-        return self.run.stage(f"recommenders/{options.name}/fit", settings, inputs, [out], work)
+        return self.run.stage(*self._stage_of(fit, data), work)
 
-    def fits(self) -> list[FitFolder]:
-        """All finished fits of the run folder, by name."""
-        found = [FitFolder(file.parent) for file in sorted((self.folder / "recommenders").glob("*/fit.json"))]
-        return [fit for fit in found if fit.seeds()]
+    def fits(self) -> tuple[list[FitFolder], list[FitFolder]]:
+        """The fits of the run folder, by name: those that are finished, and those that fitting again would not skip.
+
+        The latter were interrupted, or a later fit of their name was refused its texts, or their protocol's data have changed since.
+        """
+        finished: list[FitFolder] = []
+        others: list[FitFolder] = []
+        for file in sorted((self.folder / "recommenders").glob("*/fit.json")):
+            fit = FitFolder(file.parent)
+            (finished if self._is_finished(fit) else others).append(fit)
+        return finished, others
+
+    def _is_finished(self, fit: FitFolder) -> bool:
+        return self.run.is_done(*self._stage_of(fit, self.data_of(fit.options.protocol)))
+
+    def _stage_of(self, fit: FitFolder, data: Path) -> tuple[str, Report, list[Path], list[Path]]:
+        """Name, settings, inputs and outputs of the stage that makes the models."""
+        settings = {**fit.options.model_dump(mode="json"), "seeds": self.config.evaluation.seeds, **self.run.pool_settings()}
+        inputs = [data] if fit.texts is None else [data, fit.texts]
+        return f"recommenders/{fit.options.name}/fit", settings, inputs, [fit.path / "models"]
 
     def data_of(self, protocol: Protocol) -> Path:
         """The folder of the protocol's data, made by its stages if need be."""
@@ -90,8 +105,8 @@ class Recommenders:
             inputs = [Path(config.retrieved.file).expanduser()]
         else:
             retriever = FitFolder(self.folder / "recommenders" / (config.retrieved.retriever or "sasrec"))
-            if not retriever.seeds():
-                cause = f"there is no fitted model of the next item named {retriever.path.name!r} in {self.folder.path}"
+            if not ((retriever.path / "fit.json").exists() and retriever.options.sequential and self._is_finished(retriever)):
+                cause = f"there is no finished fit of a model of the next item named {retriever.path.name!r} in {self.folder.path}"
                 raise InputError("retrieved.retriever", cause, "Run `dpo4rec fit R --model sasrec` first, or set retrieved.file")
             inputs = [retriever.seeds()[0]]
 
@@ -103,10 +118,10 @@ class Recommenders:
         settings = {**config.retrieved.model_dump(), "data": config.data.model_dump(mode="json")}
         self.run.stage("retrieved", settings, [sequences, *inputs], [out], lambda: into(out, work))
 
-    def _encoded(self, options: FitOptions, folder: Path, data: Path) -> list[Path]:
-        """Makes the text vectors that the fit reads; the folder, or nothing where none are read."""
+    def _encode(self, options: FitOptions, folder: Path, data: Path) -> None:
+        """Makes the text vectors that the fit reads."""
         if not (options.reads_user_text or options.reads_item_text):
-            return []
+            return
         paths = [Path(text).expanduser() for text in options.texts]
         encoder = EncoderWorkerConfig(
             encoder=self.config.encoder, folder=str(folder), language_model=self.config.llm, source=self.run.policy(0).source
@@ -120,7 +135,6 @@ class Recommenders:
             return encode_texts(encoder, files.read_parquet(data / "items.parquet"), of_ours, learners["user_id"].to_pylist())
 
         self.run.stage(f"recommenders/{options.name}/texts", self.config.encoder, [data / "items.parquet", *paths], [folder], work)
-        return [folder]
 
     def _jobs(self, fit: FitFolder, data: Path, out: Path) -> tuple[type, Settings, list[Any]]:
         """The worker, what its jobs share, and one job a seed."""

@@ -91,7 +91,7 @@ class RunFolder:
         """
         key = stage_key(settings, inputs)
         entry = self.manifest["stages"].get(name, {})
-        if entry.get("key") == key and entry.get("state") == "done" and entry["content"] == _content(outputs):
+        if self._done(name, key, outputs):
             self.log("skipped", stage=name)
             return entry["report"]
         if entry.get("key") != key:
@@ -115,6 +115,14 @@ class RunFolder:
         )
         self.log("done", stage=name, seconds=seconds)
         return report
+
+    def is_done(self, name: str, settings: dict[str, Any], inputs: list[Path], outputs: list[Path]) -> bool:
+        """Whether `stage` would skip its work."""
+        return all(path.exists() for path in inputs) and self._done(name, stage_key(settings, inputs), outputs)
+
+    def _done(self, name: str, key: str, outputs: list[Path]) -> bool:
+        entry = self.manifest["stages"].get(name, {})
+        return entry.get("key") == key and entry.get("state") == "done" and entry["content"] == _content(outputs)
 
     def _record(self, name: str, entry: dict[str, Any]) -> None:
         self.manifest["stages"][name] = entry

@@ -35,9 +35,15 @@ class Stages:
 
     def stage(self, name: str, settings: Any, inputs: list[Path], outputs: list[Path], work: Callable[[], Report]) -> Report:
         """Runs a stage of the run folder; `settings` (a mapping or a part of the configuration) and the seed are part of its key."""
-        values = settings if isinstance(settings, dict) else settings.model_dump(mode="json")
         self.announce(name, 0, 0, None)
-        return self.folder.stage(name, {"seed": self.config.seed, **values}, inputs, outputs, work)
+        return self.folder.stage(name, self._seeded(settings), inputs, outputs, work)
+
+    def is_done(self, name: str, settings: Any, inputs: list[Path], outputs: list[Path]) -> bool:
+        """Whether `stage` would skip its work."""
+        return self.folder.is_done(name, self._seeded(settings), inputs, outputs)
+
+    def _seeded(self, settings: Any) -> Report:
+        return {"seed": self.config.seed, **(settings if isinstance(settings, dict) else settings.model_dump(mode="json"))}
 
     def step(self, worker: type, config: Settings, out: Path, **more: Any) -> Step:
         """A pool as the configuration has it; `more` are fields of `Step`."""

@@ -1,12 +1,15 @@
 """`dpo4rec fit` and `dpo4rec evaluate` on tiny data of every kind."""
 
+import shutil
 from pathlib import Path
 
+import pytest
 import yaml
 from typer.testing import CliRunner
 
 from dpo4rec.cli import app
-from dpo4rec.files import read_json, read_parquet
+from dpo4rec.files import read_json, read_parquet, remove
+from dpo4rec.recommenders.fitter import FitJob, Fitter
 
 SMALL = {
     "data": {"max_lists_per_user": 2, "positives_per_list": 2, "list_length": 6, "validation_share": 0.2, "test_share": 0.2},
@@ -21,9 +24,9 @@ LOG += [(f"u{user}", f"own{user}", 5, 17) for user in range(20)]
 """User, item, rating and time; one of every user's later items is nobody else's."""
 
 
-def call(*words: str) -> str:
+def call(*words: str, status: int = 0) -> str:
     done = CliRunner().invoke(app, list(words))
-    assert done.exit_code == 0, done.output
+    assert done.exit_code == status, done.output
     return done.output
 
 
@@ -38,6 +41,72 @@ def atomic(folder: Path) -> dict[str, object]:
     items = "".join(f"{item}\tThe {item}\tDrama Comedy\n" for item in dict.fromkeys(item for _, item, _, _ in LOG))
     (folder / "tiny.item").write_text(f"item_id:token\tmovie_title:token_seq\tclass:token_seq\n{items}")
     return {"source": "atomic", "folder": str(folder), "atomic": {"name": "tiny"}}
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a retriever, and a re-ranker of what it retrieves and one of frozen lists; two seeds each."""
+    folder = tmp_path_factory.mktemp("fitted")
+    config = settings(folder / "mine.yaml", **atomic(folder))
+    call("fit", str(folder / "R"), "--config", config, "--set", "evaluation.seeds=2", "--model", "sasrec")
+    call("fit", str(folder / "R"), "--model", "setrank", "--lists", "retrieved")
+    call("fit", str(folder / "R"), "--model", "prm")
+    call("evaluate", str(folder / "R"))
+    return folder / "R"
+
+
+@pytest.fixture
+def run(fitted: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    shutil.copytree(fitted, tmp_path / "R")
+    return tmp_path / "R"
+
+
+def measured(run: Path, protocol: str) -> list[str]:
+    return sorted(read_json(run / "evaluation" / protocol / "summary.json")["seeds"])
+
+
+def test_an_interrupted_fit_is_not_measured_until_it_is_finished(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Fitter._fit
+
+    def one_seed(self: Fitter, job: FitJob) -> dict[str, str | int | float]:
+        if job.out.endswith("seed-1"):
+            raise KeyboardInterrupt
+        return whole(self, job)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Fitter, "_fit", one_seed)
+        assert CliRunner().invoke(app, ["fit", str(run), "--model", "dlcm"]).exit_code
+    assert (run / "recommenders" / "dlcm" / "models" / "seed-0").exists()
+    said = call("evaluate", str(run), status=2)
+    assert "recommenders/dlcm: not measured" in said
+    assert measured(run, "frozen") == ["prm"]
+    call("fit", str(run), "--model", "dlcm")
+    call("evaluate", str(run))
+    assert measured(run, "frozen") == ["dlcm", "prm"]
+
+
+def test_a_fit_whose_next_texts_are_refused_is_not_measured(run: Path) -> None:
+    (run / "bad.jsonl").write_text('{"user_id": "u1", "text": 3}')
+    call("fit", str(run), "--model", "prm", "--texts", str(run / "bad.jsonl"), status=2)
+    assert "recommenders/prm: not measured" in call("evaluate", str(run), status=2)
+    call("fit", str(run), "--model", "prm")
+    call("evaluate", str(run))
+
+
+def test_a_re_ranker_of_other_lists_than_the_present_ones_is_not_measured(run: Path) -> None:
+    call("fit", str(run), "--model", "sasrec", "--set", "sequential.epochs=2")
+    said = call("evaluate", str(run), status=2)
+    assert "recommenders/setrank: not measured" in said
+    assert "recommenders/prm: not measured" not in said
+    call("fit", str(run), "--model", "setrank", "--lists", "retrieved")
+    call("evaluate", str(run))
+    assert measured(run, "retrieved") == ["setrank"]
+
+
+def test_an_unfinished_retriever_retrieves_nothing(run: Path) -> None:
+    remove(run / "recommenders" / "sasrec" / "models" / "seed-1")
+    assert "no finished fit" in call("fit", str(run), "--model", "mir", "--lists", "retrieved", status=2)
 
 
 def test_cold_candidates_and_targets_of_lists_are_counted_and_said(tmp_path: Path) -> None:
