@@ -32,6 +32,8 @@ class FitOptions(Settings):
     def _consistent(self) -> Self:
         if not NAME.fullmatch(self.name):
             raise ValueError(f"the name {self.name!r} is no file name: use letters, digits and . _ + -")
+        if self.name in ("popularity", "random"):
+            raise ValueError(f"the name {self.name!r} is that of a control: choose another")
         if self.model == "gru4rec" and self.sequential and self.sequential.heads != 1:
             raise ValueError("sequential.heads would be ignored: gru4rec has no attention")
         if self.model == "dlcm" and self.recommender and self.recommender.heads != type(self.recommender).model_fields["heads"].default:

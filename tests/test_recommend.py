@@ -287,6 +287,7 @@ def test_a_file_of_candidates(folder: Path, tmp_path: Path) -> None:
         (["--model", "gru4rec", "--set", "sequential.heads=2"], "no attention"),
         (["--model", "dlcm", "--set", "recommender.heads=4"], "no attention"),
         (["--model", "sasrec", "--name", "../up"], "no file name"),
+        (["--model", "sasrec", "--name", "popularity"], "that of a control"),
         (["--model", "sasrec", "--set", "sequences.split=global-time"], "another value"),
     ],
 )

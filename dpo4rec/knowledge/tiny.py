@@ -50,7 +50,8 @@ def build_model(config: TinyConfig, longest: int, tokenizer: PreTrainedTokenizer
     """A model that has learned nothing but is close to copying from its prompt: so small a one, taught so briefly, would not find out how.
 
     The names of a kind begin alike, so that attention can look for any of them, the rarest too; what attention reads it adds as it is
-    (output projection = transposed value projection); and the last norm is loud enough for one name of thousands to stand out.
+    (output projection = transposed value projection), but the last head subtracts it, so that the model need not repeat itself; and the
+    last norm is loud enough for one name of thousands to stand out.
     """
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -75,7 +76,8 @@ def build_model(config: TinyConfig, longest: int, tokenizer: PreTrainedTokenizer
             vectors[tokens] = (vectors[tokens] + torch.randn(config.hidden_size) * config.hidden_size**-0.5) / 2**0.5
         for layer in model.model.layers:
             values = nn.init.orthogonal_(layer.self_attn.v_proj.weight)
-            by_head = values.unflatten(0, (config.key_value_heads, -1)).repeat_interleave(groups, 0)
+            by_head = values.unflatten(0, (config.key_value_heads, -1)).repeat_interleave(groups, 0).clone()
+            by_head[-1] *= -1  # what is said already
             layer.self_attn.o_proj.weight.copy_(by_head.flatten(0, 1).T)
         model.model.norm.weight.fill_(2.0)
     return model
