@@ -49,6 +49,7 @@ class Judge:
 JUDGES = {
     "none": Judge("none", False),
     "history": Judge("history", False),
+    "history-item-text": Judge("history", True),
     "item-text": Judge("none", True),
     "untuned": Judge("text", True, ("untuned",)),
     "tuned": Judge("text", True, ("tuned",)),
@@ -74,6 +75,7 @@ CONDITIONS = [
     Condition("none", "none"),
     Condition("history", "history"),
     Condition("item text only", "item-text"),
+    Condition("history + item text", "history-item-text"),
     Condition("shuffled text", "untuned", "untuned", shuffled=True),
     Condition("untuned text", "untuned", "untuned"),
     Condition("tuned text", "tuned", "tuned"),
@@ -95,7 +97,7 @@ COMPARISONS = [
     ("tuned text", "none"),
     ("tuned text", "item text only"),
     ("untuned text", "shuffled text"),
-    ("history + tuned text", "history"),
+    ("history + tuned text", "history + item text"),
 ]
 
 

@@ -31,7 +31,18 @@ from dpo4rec.stages import Announce, Report
 
 STUDIES = Path(__file__).parent / "studies"
 METRICS = ("ndcg@5", "ndcg@10", "map@5")
-CONTROLS = ("random", "popularity", "none", "item text only", "history", "shuffled text", "untuned text", BEST_OF, "history + untuned text")
+CONTROLS = (
+    "random",
+    "popularity",
+    "none",
+    "item text only",
+    "history",
+    "history + item text",
+    "shuffled text",
+    "untuned text",
+    BEST_OF,
+    "history + untuned text",
+)
 """Conditions that no arm has a part in, in the order of the table."""
 TITLES = "raw titles as text"
 RESULTS = "evaluation/results.json"
@@ -228,7 +239,7 @@ class Study:
         own = _per_user(self.path(self.first, seed) / "evaluation" / "per_user.parquet")
         for label in CONTROLS:
             found[label] = own[label]
-            if label == "history":
+            if label == "history + item text":
                 found[TITLES] = _per_user(self.path(self.first, seed) / "evaluation" / "frozen" / "per_user.parquet")["titles"]
         for arm in self.config.arms:
             of_arm = _per_user(self.path(arm, seed) / "evaluation" / "per_user.parquet")
