@@ -1,6 +1,10 @@
 """`dpo4rec fit` and `dpo4rec evaluate` on tiny data of every kind."""
 
+import gzip
+import json
 import shutil
+from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -22,6 +26,7 @@ SMALL = {
 LOG = [(f"u{user}", f"i{(3 * user + n) % 30}", 1 + (user + n) % 5, 2 * n) for user in range(20) for n in range(14)]
 LOG += [(f"u{user}", f"own{user}", 5, 17) for user in range(20)]
 """User, item, rating and time; one of every user's later items is nobody else's."""
+ITEMS = list(dict.fromkeys(item for _, item, _, _ in LOG))
 
 
 def call(*words: str, status: int = 0) -> str:
@@ -38,9 +43,30 @@ def settings(file: Path, **data: object) -> str:
 def atomic(folder: Path) -> dict[str, object]:
     rows = "".join(f"{user}\t{item}\t{rating}\t{time}\n" for user, item, rating, time in LOG)
     (folder / "tiny.inter").write_text(f"user_id:token\titem_id:token\trating:float\ttimestamp:float\n{rows}")
-    items = "".join(f"{item}\tThe {item}\tDrama Comedy\n" for item in dict.fromkeys(item for _, item, _, _ in LOG))
+    items = "".join(f"{item}\tThe {item}\tDrama Comedy\n" for item in ITEMS)
     (folder / "tiny.item").write_text(f"item_id:token\tmovie_title:token_seq\tclass:token_seq\n{items}")
     return {"source": "atomic", "folder": str(folder), "atomic": {"name": "tiny"}}
+
+
+def amazon(folder: Path) -> dict[str, object]:
+    """As of 2018."""
+    names = "reviewerID", "asin", "overall", "unixReviewTime"
+    write_lines(folder / "Games_5.json.gz", [json.dumps(dict(zip(names, row, strict=True))) for row in LOG])
+    games = [{"asin": item, "title": f"The {item}", "brand": "Sony", "category": ["Games", "PC"]} for item in ITEMS]
+    write_lines(folder / "meta_Games.json.gz", [json.dumps(game) for game in games])
+    return {"source": "amazon", "folder": str(folder), "amazon": {"reviews": "Games_5.json.gz", "metadata": "meta_Games.json.gz"}}
+
+
+def steam(folder: Path) -> dict[str, object]:
+    reviews = [{"username": user, "product_id": item, "date": str(date(2017, 1, 1 + time))} for user, item, _, time in LOG]
+    write_lines(folder / "steam_reviews.json.gz", [repr(review) for review in reviews])
+    games = [{"id": item, "app_name": f"The {item}", "genres": ["Casual"], "release_date": "2016-11-03"} for item in ITEMS]
+    write_lines(folder / "steam_games.json.gz", [repr(game) for game in games])
+    return {"source": "steam", "folder": str(folder), "like_threshold": 0}
+
+
+def write_lines(file: Path, lines: list[str]) -> None:
+    file.write_bytes(gzip.compress("".join(f"{line}\n" for line in lines).encode()))
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +133,31 @@ def test_a_re_ranker_of_other_lists_than_the_present_ones_is_not_measured(run: P
 def test_an_unfinished_retriever_retrieves_nothing(run: Path) -> None:
     remove(run / "recommenders" / "sasrec" / "models" / "seed-1")
     assert "no finished fit" in call("fit", str(run), "--model", "mir", "--lists", "retrieved", status=2)
+
+
+def test_every_re_ranker_is_fitted_and_measured_on_both_kinds_of_lists(run: Path) -> None:
+    for protocol in ("frozen", "retrieved"):
+        for model in ("dlcm", "setrank", "prm", "mir"):
+            call("fit", str(run), "--model", model, "--lists", protocol, "--name", f"{model}-{protocol}")
+    call("evaluate", str(run))
+    for protocol in ("frozen", "retrieved"):
+        summary = read_json(run / "evaluation" / protocol / "summary.json")
+        for model in ("dlcm", "setrank", "prm", "mir"):
+            assert summary["seeds"][f"{model}-{protocol}"] == 2
+            assert 0 < summary["metrics"][f"{model}-{protocol}"]["ndcg@10"] < 1
+
+
+@pytest.mark.parametrize("source", [steam, amazon, atomic])
+def test_every_public_format_is_fitted_and_measured(source: Callable[[Path], dict[str, object]], tmp_path: Path) -> None:
+    config, run = settings(tmp_path / "mine.yaml", **source(tmp_path)), tmp_path / "R"
+    call("fit", str(run), "--config", config, "--model", "sasrec")
+    call("fit", str(run), "--model", "prm")
+    call("evaluate", str(run))
+    for protocol, name, users in (("catalogue", "sasrec", 20), ("frozen", "prm", 4)):
+        summary = read_json(run / "evaluation" / protocol / "summary.json")
+        assert summary["users"] == users
+        assert 0 <= summary["metrics"][name]["ndcg@10"] < 1
+    assert read_json(run / "data" / "summary.json")["interactions"] == len(LOG)
 
 
 def test_cold_candidates_and_targets_of_lists_are_counted_and_said(tmp_path: Path) -> None:
