@@ -18,7 +18,7 @@ from dpo4rec.files import read_json
 
 MODELS: dict[str, list[str]] = {
     "sasrec": [],
-    "gru4rec": ["sequential.embedding_dim=64", "sequential.epochs=12", "sequential.tokens_per_step=12800"],
+    "gru4rec": ["sequential.embedding_dim=64", "sequential.epochs=16"],
 }
 """Each with what it changes of the preset."""
 
