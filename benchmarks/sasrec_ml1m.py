@@ -51,9 +51,9 @@ def main() -> int:
         for metric in ("ndcg@10", "hr@10"):
             figures[f"{prefix}{metric}"] = round(summaries[model]["metrics"][model][metric], 4)
             figures[f"{prefix}{metric}_deviation"] = round(summaries[model]["deviations"][model][metric], 4)
+        figures[f"{prefix}seeds"] = len(fits[model])
         figures[f"{prefix}minutes"] = round(sum(fit["seconds"] for fit in fits[model]) / 60, 1)
     figures |= {
-        "seeds": len(fits["sasrec"]),
         "test_users": summaries["sasrec"]["users"],
         "ndcg@10 popularity": round(summaries["sasrec"]["metrics"]["popularity"]["ndcg@10"], 4),
     }
