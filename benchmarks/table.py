@@ -59,8 +59,8 @@ def readme_results() -> str:
     results, figures = result["raw"]["results"], result["figures"]
     chosen = results["temperatures"]["chosen"]
     said = (
-        f"MovieLens-1M, popularity-weighted negatives, built-in tiny model, PRM, two rounds, {figures['minutes']:g} minutes on a "
-        f"machine of {result['machine']['cores']} CPU cores; {results['test_users']} test users, {results['seeds']} recommender seeds, lists "
+        f"MovieLens-1M, popularity-weighted negatives, built-in tiny model, PRM, two rounds, {figures['minutes']:g} minutes on a machine "
+        f"of {result['machine']['cores']} CPU cores; {results['test_users']} test users, {results['seeds']} recommender seeds, lists "
         f"`{results['lists_hash']}`; temperatures chosen on validation: untuned {chosen['untuned']:g}, tuned {chosen['tuned']:g}. "
         f"Well-formed texts: {figures['well_formed_untuned']:.1%} untuned, {figures['well_formed_tuned']:.1%} tuned."
     )
