@@ -146,24 +146,29 @@ class Experiment:
                 name = self.texts_of(policy, split, temperature)
                 self.run.encoded_texts(name, self.run.policy(self.round_of(policy)), of_splits(split), decoding, evaluation.texts_per_user)
         if evaluation.best_of and split == "test":
-            decoding = self.config.sampling.decoding.model_copy(update={"temperature": self.temperatures["untuned"]})
+            decoding = self.config.sampling.decoding.model_copy(update={"temperature": self.temperatures[BEST_OF]})
             self.run.encoded_texts(self.many_texts, self.run.policy(0), of_splits(split), decoding, evaluation.best_of)
 
     def choose_temperatures(self) -> Report:
-        """The temperature at which each policy serves its own recommender best on the validation users."""
+        """The temperature at which each policy serves its own recommender best on the validation users; best-of-N has one of its own,
+        chosen among the `evaluation.texts_per_user` texts that these users have."""
         out, temperatures = self.folder / "temperatures.json", self.config.evaluation.temperatures
+        served = [*POLICIES, BEST_OF] if self.config.evaluation.best_of else POLICIES
         if len(temperatures) == 1:
-            files.write_json({"chosen": dict.fromkeys(POLICIES, temperatures[0]), "validation_ndcg@5": {}}, out)
+            files.write_json({"chosen": dict.fromkeys(served, temperatures[0]), "validation_ndcg@5": {}}, out)
             return files.read_json(out)["chosen"]
         inputs = [self.run.folder / self.texts_of(policy, "validation", t) / "vectors" for policy in POLICIES for t in temperatures]
 
+        def measured(label: str, temperature: float) -> float:
+            if label == BEST_OF:
+                values, _ = self._best_of(self.texts_of("untuned", "validation", temperature), "validation", [5])
+            else:
+                values = self._metrics(Condition(label, label, label), "validation", temperature, [5])
+            return float(values[SELECTION_METRIC].nanmean())
+
         def work() -> Report:
-            curves: dict[str, dict[float, float]] = {policy: {} for policy in POLICIES}
-            for policy in POLICIES:
-                for temperature in temperatures:
-                    values = self._metrics(Condition(policy, policy, policy), "validation", temperature, [5])
-                    curves[policy][temperature] = float(values[SELECTION_METRIC].nanmean())
-            chosen = {policy: max(curve, key=lambda t: curve[t]) for policy, curve in curves.items()}
+            curves = {label: {temperature: measured(label, temperature) for temperature in temperatures} for label in served}
+            chosen = {label: max(curve, key=lambda t: curve[t]) for label, curve in curves.items()}
             files.write_json({"chosen": chosen, "validation_ndcg@5": curves}, out)
             return chosen
 
@@ -177,10 +182,10 @@ class Experiment:
 
         def work() -> Report:
             values = {condition.label: self._metrics(condition, "test", None, cutoffs) for condition in CONDITIONS}
-            if self.config.evaluation.best_of:
-                values[BEST_OF] = self._best_of(cutoffs)
-            self._write_per_user(values)
             texts = {policy: self.run.folder / self.texts_of(policy, "test", self.temperatures[policy]) / "samples" for policy in POLICIES}
+            if self.config.evaluation.best_of:
+                values[BEST_OF], texts[BEST_OF] = self._best_of(self.many_texts, "test", cutoffs)
+            self._write_per_user(values)
             results = {
                 "lists_hash": files.read_json(self.run.folder / "data" / "summary.json")["lists_hash"],
                 "test_users": int((~next(iter(values.values()))[SELECTION_METRIC].isnan()).sum()),
@@ -222,10 +227,10 @@ class Experiment:
                 totals.setdefault(name, []).append(value)
         return {name: per_user(torch.stack(of).mean(0), owners, len(self._data.user_ids)) for name, of in totals.items()}
 
-    def _best_of(self, cutoffs: list[int]) -> dict[str, Tensor]:
-        """Per-user values [U] of the untuned text that a user's other lists choose."""
-        data, (lists, owners) = self._data, self._lists("test")
-        vectors = user_vectors_of([self.run.folder / self.many_texts / "vectors"], data.user_ids)
+    def _best_of(self, name: str, split: str, cutoffs: list[int]) -> tuple[dict[str, Tensor], Path]:
+        """Per-user values [U] of that text in `name` which a user's other lists choose, and the file of the chosen texts."""
+        data, (lists, owners) = self._data, self._lists(split)
+        vectors = user_vectors_of([self.run.folder / name / "vectors"], data.user_ids)
         item_vectors = files.read_tensors(self.run.item_vectors)["item_vectors"]
         found = []
         for seed in range(self.config.evaluation.seeds):
@@ -233,7 +238,11 @@ class Experiment:
             found.append(torch.stack([logits_of(model, data, lists, of_user) for of_user in vectors[owners].unbind(1)]))
         logits = torch.stack(found)  # [seeds, texts, lists, K]
         chosen = best_by_other_half(self.config.reward, logits, data.labels[lists], owners)
-        return self._values(logits[:, chosen, torch.arange(len(lists))], lists, owners, cutoffs)
+        kept = {(data.user_ids[user], text) for user, text in zip(owners.tolist(), chosen.tolist(), strict=True)}
+        samples, out = files.read_parquet(self.run.folder / name / "samples"), self.run.folder / name / "chosen.parquet"
+        rows = zip(samples["user_id"].to_pylist(), samples["sample"].to_pylist(), strict=True)
+        files.write_parquet(samples.filter(pa.array([row in kept for row in rows])), out)
+        return self._values(logits[:, chosen, torch.arange(len(lists))], lists, owners, cutoffs), out
 
     def _logits(self, condition: Condition, split: str, temperature: float | None, lists: Tensor, owners: Tensor) -> Any:
         """Scores [lists, K] of every seed and text."""

@@ -259,7 +259,8 @@ class Study:
         means = {metric: of[metric].nanmean(1) for metric in METRICS}
         row: Report = {metric: float(mean.mean()) for metric, mean in means.items()}
         row |= {f"{metric} deviation": float(mean.std()) for metric, mean in means.items() if len(mean) > 1}
-        policy = {label: (label, "tuned") for label in self.config.arms} | {"untuned text": (self.first, "untuned")}
+        policy = {label: (label, "tuned") for label in self.config.arms}
+        policy |= {"untuned text": (self.first, "untuned"), BEST_OF: (self.first, BEST_OF)}
         if label in policy:
             arm, which = policy[label]
             runs = [self._of(arm, seed) for seed in self.seeds]

@@ -54,6 +54,13 @@ def test_without_the_gate_the_best_is_chosen_whatever_its_form() -> None:
     assert [(row["chosen"], row["rejected"]) for row in table.to_pylist()] == [(" c", " d"), (" b", " a")]
 
 
+def test_form_may_be_asked_for_without_being_taught() -> None:
+    table, _ = make_pairs(PairConfig(malformed_pair=False, pairs_per_user=2), PROMPTS, SAMPLES, SCORES, seed=0)
+    assert [(row["chosen"], row["rejected"]) for row in table.to_pylist()] == [(" b", " d")]
+    with pytest.raises(ValueError, match="without the gate"):
+        PairConfig(format_gate=False, malformed_pair=False)
+
+
 def test_the_smallest_gaps_are_left_out() -> None:
     table, report = make_pairs(PairConfig(format_gate=False, pairs_per_user=2, keep_share=0.5), PROMPTS, SAMPLES, SCORES, seed=0)
     assert [(row["chosen"], row["rejected"]) for row in table.to_pylist()] == [(" c", " d")]

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -44,7 +45,7 @@ def finished(micro: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     (root / "studies").mkdir()
     (root / "studies" / "micro.yaml").write_text(yaml.safe_dump(STUDY))
     values = {**yaml.safe_load(micro.read_text()), "rounds": 1}
-    values["evaluation"] = {**values.get("evaluation", {}), "seeds": 1, "temperatures": [1.0], "best_of": 3}
+    values["evaluation"] = {**values.get("evaluation", {}), "seeds": 1, "temperatures": [0.7, 1.0], "best_of": 3}
     values["data"]["split_seed"] = 5
     settings = [f"{key}={json.dumps(value)}" for key, value in values.items() if key != "seed"]
     options = ["reproduce", "micro", "--run-dir", str(root / "out"), *(word for setting in settings for word in ("--set", setting))]
@@ -65,6 +66,11 @@ def test_a_study_measures_arms_and_controls_over_its_seeds(finished: tuple[Path,
         conditions["aligned"]["ndcg@5"] - conditions["untuned text"]["ndcg@5"], abs=1e-4
     )
     assert all(0 <= conditions["at random"]["texts"][name] <= 1 for name in ("well_formed", "distinct", "grounded"))
+    with_texts = {"untuned text", "best of the untuned texts", "aligned", "at random"}
+    assert {label for label, of in conditions.items() if "texts" in of} == with_texts
+    assert {*conditions["best of the untuned texts"]["temperatures"]} <= {0.7, 1.0}
+    chosen = pq.read_table(next((root / "out" / "seed-0" / "aligned" / "evaluation" / "texts").glob("*best-of*/chosen.parquet")))
+    assert 1 <= chosen.group_by("user_id").aggregate([("sample", "count")])["sample_count"].to_numpy().max() <= 2  # one a half of the lists
     assert [row["p_value"] <= row["p_value_holm"] for row in results["comparisons"]] == [True] * 3
     assert "about 5 minutes" in said
     assert results["ablations"].keys() == {"aligned", "beta 1"}

@@ -38,6 +38,17 @@ class PairConfig(Settings):
     max_length_ratio: float | None = Field(default=None, ge=1)
     """Length control: leave out pairs whose longer text has more than so many times the tokens of the shorter one [any lengths]."""
     format_gate: bool = True
-    """A text that is not well-formed is never chosen, and the user's best such text is rejected in a pair of its own."""
+    """Pairs are of well-formed texts."""
+    malformed_pair: bool = True
+    """With the format gate, the user's best text that is not well-formed is rejected, too, in a pair of its own.
+
+    That teaches form, and brevity where it is the long texts that miss it.
+    """
     orientation: Literal["reward", "random"] = "reward"
     """random is the control: the same pairs, each turned by a coin."""
+
+    @model_validator(mode="after")
+    def _gate_has_two_sides(self) -> "PairConfig":
+        if not self.format_gate and not self.malformed_pair:
+            raise ValueError("pairs.malformed_pair is for pairs.format_gate=true: without the gate there is no such pair, leave it out")
+        return self

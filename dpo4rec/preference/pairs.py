@@ -60,8 +60,8 @@ def make_pairs(config: PairConfig, prompts: pa.Table, samples: pa.Table, scores:
 def pairs_of_user(config: PairConfig, samples: list[Row]) -> tuple[list[tuple[Row, Row]], Counter[str]]:
     """Up to `pairs_per_user` (chosen, rejected) of distinct texts, best against worst first; and how much was left out for which reason.
 
-    With the format gate these are well-formed texts, and one more pair sets the best of them against the best of the others: however
-    well the recommender likes it, a text out of form must not win.
+    With the format gate these are well-formed texts: however well the recommender likes it, a text out of form must not win. With
+    `malformed_pair` one more pair sets the best of them against the best of the others.
     """
     distinct: dict[str, Row] = {}
     for row in sorted(samples, key=lambda row: (-row["standardised"], row["sample"])):
@@ -72,7 +72,7 @@ def pairs_of_user(config: PairConfig, samples: list[Row]) -> tuple[list[tuple[Ro
         for chosen, rejected in zip(ranked, reversed(ranked), strict=False)
         if chosen["standardised"] > rejected["standardised"]  # past the middle of the ranking the worst is no longer worse
     ][: config.pairs_per_user]
-    malformed = [row for row in distinct.values() if not row["well_formed"]] if config.format_gate else []
+    malformed = [row for row in distinct.values() if not row["well_formed"]] if config.format_gate and config.malformed_pair else []
     if ranked:
         pairs += [(ranked[0], row) for row in malformed[:1]]
     kept = [pair for pair in pairs if _like_lengths(config.max_length_ratio, *pair)]
