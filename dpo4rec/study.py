@@ -23,6 +23,7 @@ from dpo4rec.errors import InputError
 from dpo4rec.evaluation.significance import holm, paired_bootstrap
 from dpo4rec.experiment import BEST_OF, Experiment
 from dpo4rec.files import read_parquet, stable_seed
+from dpo4rec.knowledge.prompts import shown
 from dpo4rec.measure import Measurement
 from dpo4rec.recommend import Recommenders
 from dpo4rec.run_folder import fork, read_yaml
@@ -175,8 +176,9 @@ class Study:
         recommenders, texts = Recommenders(run), run.folder / "titles.parquet"
         if not texts.exists():
             rows = read_parquet(run.folder / "data" / "histories.parquet").to_pylist()
-            shown = [[run.catalogue.items[item].title for item in row["item_ids"][-run.config.prompt.history_items :]] for row in rows]
-            files.write_parquet(pa.table({"user_id": [row["user_id"] for row in rows], "text": ["; ".join(of) for of in shown]}), texts)
+            items = [shown(run.config.prompt, row["item_ids"], row["ratings"])[0] for row in rows]
+            titles = ["; ".join(run.catalogue.items[item].title for item in of) for of in items]
+            files.write_parquet(pa.table({"user_id": [row["user_id"] for row in rows], "text": titles}), texts)
         recommenders.fit(recommender_of(run.config, run.config.recommender.model, "titles", None, [str(texts)], []))
         measurement = Measurement(recommenders)
         measurement.measure("frozen", measurement.protocols()["frozen"])

@@ -88,6 +88,8 @@ class PromptConfig(Settings):
     )
     history_items: PositiveInt = 15
     """The last so many items of the visible history are shown."""
+    order: Literal["time", "rating"] = "time"
+    """Oldest first, or best rated first and of like ratings the oldest."""
     profile: bool = True
     """Show the user's profile where the data has one."""
     item_request: str | None = None

@@ -19,10 +19,16 @@ def compose(config: PromptConfig, catalogue: Catalogue, profile: str, item_ids: 
     lines = [config.role] if config.role else []
     if config.profile and profile:
         lines.append(f"The user is {clean(profile)}.")
-    shown = zip(item_ids[-config.history_items :], ratings[-config.history_items :], strict=True)
     lines.append("The user rated:")
-    lines += [describe(catalogue.items[item_id], rating) for item_id, rating in shown]
+    lines += [describe(catalogue.items[item_id], rating) for item_id, rating in zip(*shown(config, item_ids, ratings), strict=True)]
     return "\n".join([*lines, config.request])
+
+
+def shown(config: PromptConfig, item_ids: list[str], ratings: list[float]) -> tuple[list[str], list[float]]:
+    """The part of a history that the prompt shows, items and ratings in the prompt's order; a history is in the order of time."""
+    items, ratings = item_ids[-config.history_items :], ratings[-config.history_items :]
+    order = sorted(range(len(items)), key=lambda place: -ratings[place]) if config.order == "rating" else range(len(items))
+    return [items[place] for place in order], [ratings[place] for place in order]
 
 
 def describe(item: Item, rating: float) -> str:

@@ -19,7 +19,7 @@ from dpo4rec.files import stable_seed
 from dpo4rec.knowledge.claims import OPENINGS
 from dpo4rec.knowledge.config import PromptConfig, TinyConfig
 from dpo4rec.knowledge.facts import Catalogue, facts
-from dpo4rec.knowledge.prompts import compose
+from dpo4rec.knowledge.prompts import compose, shown
 from dpo4rec.knowledge.writer import Writer
 
 END, PADDING = "<|end|>", "<|padding|>"
@@ -164,9 +164,8 @@ class Lessons(torch.utils.data.Dataset[dict[str, Any]]):
     def text(self, index: int) -> tuple[str, list[str]]:
         rng = np.random.default_rng(stable_seed(self.seed, "lesson", index))
         row = self.rows[rng.integers(len(self.rows))]
-        size = self.prompt.history_items
-        end = int(rng.integers(min(size, len(row["item_ids"])), len(row["item_ids"]) + 1))
-        items, ratings = row["item_ids"][max(0, end - size) : end], row["ratings"][max(0, end - size) : end]
+        end = int(rng.integers(min(self.prompt.history_items, len(row["item_ids"])), len(row["item_ids"]) + 1))
+        items, ratings = shown(self.prompt, row["item_ids"][:end], row["ratings"][:end])
         true = facts(self.catalogue, items, ratings, self.like_threshold)
         writers = rng.choice(len(self.writers), self.config.texts_per_prompt, p=self.shares)
         texts = [self.writers[k].write(true, rng) for k in writers]
