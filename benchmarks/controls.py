@@ -8,7 +8,7 @@ benchmarks/results/controls_<protocol>.json.
 """
 
 import argparse
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,12 @@ SETTINGS = {
     "frozen": [],
     "retrieved": [f"recommender.{s}" for s in ("loss=softmax", "selection_cutoff=10", "epochs=6", "batch_size=32", "learning_rate=1e-3")],
 }
-SIGNALS = {
+Signals = dict[str, tuple[str, bool, str | None]]
+"""Label -> user signal, item text, whose texts."""
+Pairs = tuple[tuple[str, str], ...]
+Write = Callable[[Path, Path, Path, int], None]
+"""Writes the texts that signals name: a source's run folder, data folder, folder to write to, seed."""
+SIGNALS: Signals = {
     "none": ("none", False, None),
     "item text": ("none", True, None),
     "history": ("history", False, None),
@@ -40,7 +45,6 @@ SIGNALS = {
     "shuffled": ("text", True, "shuffled"),
     "history+untuned": ("history+text", True, "untuned"),
 }
-"""Label -> user signal, item text, whose texts."""
 COMPARED = (
     ("history", "none"),
     ("titles", "history"),
@@ -71,32 +75,22 @@ def write_texts(source: Path, data: Path, out: Path, seed: int) -> None:
     write_parquet(pa.table({"user_id": [row["user_id"] for row in rows], "text": listed}), out / "titles.parquet")
 
 
-def fits(protocol: str, texts: Path) -> list[tuple[str, str, list[str], list[str]]]:
+def fits(protocol: str, texts: Path, signals: Signals) -> list[tuple[str, str, list[str], list[str]]]:
     """Name, model, settings and text files of every fit."""
     found = []
     for model in MODELS:
-        for label, (signal, item_text, whose) in SIGNALS.items():
+        for label, (signal, item_text, whose) in signals.items():
             own = [f"recommender.user_signal={signal}", f"recommender.item_text={str(item_text).lower()}", *SETTINGS[protocol]]
             found.append((f"{model}-{label.replace(' ', '-')}", model, own, [str(texts / f"{whose}.parquet")] if whose else []))
     return found
 
 
-def fit_all(recommenders: Recommenders, source: Path, protocol: str) -> None:
-    """Every fit; finished ones are skipped."""
-    run = recommenders.run
-    data, texts = recommenders.data_of(protocol), run.folder / f"{protocol}-texts"
-    if not texts.exists():
-        write_texts(source, data, texts, run.config.seed)
-    for name, model, settings, files in fits(protocol, texts):
-        recommenders.fit(recommender_of(run.config, model, f"{name}-{protocol}", protocol, files, settings))
-
-
-def comparisons(per_user: Path, protocol: str) -> list[dict[str, Any]]:
-    """`COMPARED` for each model, p-values corrected over all of them."""
+def comparisons(per_user: Path, protocol: str, compared: Pairs) -> list[dict[str, Any]]:
+    """`compared` for each model, p-values corrected over all of them."""
     values = read_parquet(per_user).to_pandas().pivot(index="user_id", columns="condition", values=METRIC[protocol])
     rows = []
     for model in MODELS:
-        for a, b in COMPARED:
+        for a, b in compared:
             names = [f"{model}-{label.replace(' ', '-')}-{protocol}" for label in (a, b)]
             if all(name in values for name in names):
                 pair = [torch.tensor(values[name].to_numpy()) for name in names]
@@ -106,26 +100,29 @@ def comparisons(per_user: Path, protocol: str) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def measure(result: str, description: str | None, write: Write, signals: Signals, compared: Pairs) -> None:
+    """Fits every re-ranker on every signal (what is finished is skipped), measures, compares, and records `<result>_<protocol>`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("protocol", choices=METRIC)
     parser.add_argument("source", type=Path)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--set", action="append", default=[])
     given = parser.parse_args()
     run = Run(resolve(None, given.source / "config.yaml", given.set), given.run_dir, ProgressDisplay())
-    recommenders = Recommenders(run)
-    fit_all(recommenders, given.source, given.protocol)
+    recommenders, texts = Recommenders(run), run.folder / f"{given.protocol}-texts"
+    if not texts.exists():
+        write(given.source, recommenders.data_of(given.protocol), texts, run.config.seed)
+    for name, model, settings, files in fits(given.protocol, texts, signals):
+        recommenders.fit(recommender_of(run.config, model, f"{name}-{given.protocol}", given.protocol, files, settings))
     measurement = Measurement(recommenders)
     summary = measurement.measure(given.protocol, measurement.protocols()[given.protocol])
-    rows = comparisons(run.folder / "evaluation" / given.protocol / "per_user.parquet", given.protocol)
+    rows = comparisons(run.folder / "evaluation" / given.protocol / "per_user.parquet", given.protocol, compared)
     metric = METRIC[given.protocol]
     figures = {f"{metric} {name.removesuffix('-' + given.protocol)}": round(of[metric], 4) for name, of in summary["metrics"].items()}
     figures |= {f"{row['model']}: {row['a']} - {row['b']}": round(row["difference"], 4) for row in rows}
     figures |= {"test_users": summary["users"], "seeds": run.config.evaluation.seeds}
-    record(f"controls_{given.protocol}", figures, {"comparisons": rows, "summary": summary})
-    return 0
+    record(f"{result}_{given.protocol}", figures, {"comparisons": rows, "summary": summary})
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    measure("controls", __doc__, write_texts, SIGNALS, COMPARED)
