@@ -6,7 +6,7 @@ from dpo4rec.knowledge.claims import Claim, parse, render, well_formed
 from dpo4rec.knowledge.config import PromptConfig, WriterConfig
 from dpo4rec.knowledge.facts import Catalogue, clean, facts
 from dpo4rec.knowledge.form import Form, grounded_share
-from dpo4rec.knowledge.prompts import compose
+from dpo4rec.knowledge.prompts import compose, shown
 from dpo4rec.knowledge.writer import Writer
 
 ITEMS = pa.Table.from_pylist(
@@ -65,6 +65,15 @@ def test_a_prompt_keeps_each_item_on_its_line() -> None:
     assert "<|" not in prompt
     assert len(prompt) < 250
     assert clean("משחק\tהכס") == "משחק הכס"
+
+
+def test_the_last_items_are_shown_by_time_or_by_rating(catalogue: Catalogue) -> None:
+    history = ["1", "2", "3", "4"], [1.0, 3.0, 5.0, 3.0]
+    for order, expected in (("time", ["3", "5", "3"]), ("rating", ["5", "3", "3"])):
+        config = PromptConfig(role="", request="Preferences:", history_items=3, order=order)
+        lines = compose(config, catalogue, "", *history).splitlines()[1:-1]
+        assert [line.removeprefix("- rated ")[0] for line in lines] == expected
+        assert shown(config, *history)[0] == (["2", "3", "4"] if order == "time" else ["3", "2", "4"])
 
 
 def test_the_writer_mixes_truth_and_invention_at_the_set_rate(catalogue: Catalogue) -> None:
