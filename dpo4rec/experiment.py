@@ -302,7 +302,7 @@ class Experiment:
     @property
     def many_texts(self) -> str:
         """Folder in the run folder of the untuned texts among which the best is chosen."""
-        return f"evaluation/texts/untuned-test-best-of-{self.config.evaluation.best_of}-t{self.temperatures['untuned']:g}"
+        return f"evaluation/texts/untuned-test-best-of-{self.config.evaluation.best_of}-t{self.temperatures[BEST_OF]:g}"
 
     def judge(self, name: str, seed: int) -> Path:
         """Folder of a fitted recommender of the evaluation."""

@@ -45,6 +45,15 @@ class TinyConfig(Settings):
     checkpoint_every_steps: PositiveInt = 100
     writers: list[WriterConfig] = Field([WriterConfig()], min_length=1)
     """Each text is by one of them."""
+    list_heads: bool = False
+    """Begin with attention that finds the title after the one just said, which writers of lists of titles need; so small a model takes
+    several times the prompts to come by it."""
+
+    @model_validator(mode="after")
+    def _list_heads_fit(self) -> "TinyConfig":
+        if self.list_heads and (self.layers < 2 or self.key_value_heads != self.heads or self.hidden_size // self.heads < 16):
+            raise ValueError("list_heads needs 2 layers or more, key_value_heads = heads, and 16 numbers or more a head")
+        return self
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "TinyConfig":

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
@@ -25,6 +26,8 @@ from dpo4rec.knowledge.writer import Writer
 END, PADDING = "<|end|>", "<|padding|>"
 IGNORED = -100
 """Label of positions that do not count in the loss."""
+LINE = 6.5
+"""Tokens of a line of the prompt, about: mark, title, comma, era and genres."""
 
 
 def build_tokenizer(config: TinyConfig, catalogue: Catalogue, corpus: list[str]) -> PreTrainedTokenizerFast:
@@ -51,7 +54,7 @@ def build_model(config: TinyConfig, longest: int, tokenizer: PreTrainedTokenizer
 
     The names of a kind begin alike, so that attention can look for any of them, the rarest too; what attention reads it adds as it is
     (output projection = transposed value projection), but the last head subtracts it, so that the model need not repeat itself; and the
-    last norm is loud enough for one name of thousands to stand out.
+    last norm is loud enough for one name of thousands to stand out. With `list_heads` two heads know how a list of titles goes on.
     """
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -80,7 +83,46 @@ def build_model(config: TinyConfig, longest: int, tokenizer: PreTrainedTokenizer
             by_head[-1] *= -1  # what is said already
             layer.self_attn.o_proj.weight.copy_(by_head.flatten(0, 1).T)
         model.model.norm.weight.fill_(2.0)
+        if config.list_heads:
+            _begin_list_heads(model, tokenizer, names["title"])
     return model
+
+
+def _begin_list_heads(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, titles: set[str]) -> None:
+    """Two heads that find the title after the one just said (an induction head, Olsson et al. 2022), and quiet feed-forward nets around.
+
+    In the first layer a title of the prompt reads the title before it, a line above, and "Loved" the title just said, two places back,
+    both into directions of their own. In the second "Loved" looks for the title that has read the same, and copies it.
+    """
+    width = model.config.hidden_size
+    half = width // model.config.num_attention_heads // 2
+    size, turns = 2 * half, model.model.rotary_emb.inv_freq  # of each pair of a head's numbers, radians a place: rotary positions
+    vectors, (first, second) = model.model.embed_tokens.weight, (layer.self_attn for layer in model.model.layers[:2])
+    title = F.normalize(vectors[tokenizer.convert_tokens_to_ids([f" {name}" for name in sorted(titles)])].mean(0), dim=0)
+    opening = F.normalize(vectors[tokenizer.convert_tokens_to_ids(f" {OPENINGS['title']}")], dim=0)
+    read_title, read_opening = title * (2 / width) ** 0.5, opening * width**-0.5  # 1 for the normalised vector of a title, of the opening
+
+    def aimed(places: float, pairs: Tensor) -> Tensor:
+        """A query that a key of ones at `pairs` answers most so many places back."""
+        return torch.cat([(places * turns).cos() * pairs, -(places * turns).sin() * pairs])
+
+    lines, words = (turns > 0.08) & (turns < 0.4), (turns > 0.08) & (turns < 0.6)
+    queries = torch.outer(aimed(LINE, lines), read_title) + torch.outer(aimed(2, words), read_opening)
+    keys = torch.outer(torch.cat([words.float(), torch.zeros(half)]), read_title)
+    slow = turns < 1.5e-2  # the pairs that tell alike from unlike however far apart
+    slow[-1] = False  # in the last a title answers to "Loved" whatever it has read
+    compared = torch.cat([slow, slow])
+    own = nn.init.orthogonal_(torch.empty(width, size))  # where what is read is written to
+    identity = nn.init.orthogonal_(torch.empty(int(compared.sum()), width)) @ (torch.eye(width) - torch.outer(title, title))
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight.mul_(0.1)
+    first.q_proj.weight[:size], first.k_proj.weight[:size] = 5 * queries, 5 * keys
+    first.v_proj.weight[:size] = F.pad(identity, (0, 0, 0, size - len(identity)))
+    first.o_proj.weight[:, :size] = own
+    for projection, of, share in ((second.q_proj, opening, 2.0), (second.k_proj, title, 2.0)):
+        projection.weight[:size] = 0
+        projection.weight[:size][compared] = 2 * own[:, : len(identity)].T
+        projection.weight[half - 1] = share * of
 
 
 def warm_up(

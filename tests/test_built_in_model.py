@@ -1,0 +1,43 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from dpo4rec.knowledge.config import PromptConfig, TinyConfig
+from dpo4rec.knowledge.facts import Catalogue
+from dpo4rec.knowledge.prompts import compose
+from dpo4rec.knowledge.tiny import build_model, build_tokenizer
+
+TITLES = [f"Film {number}" for number in range(40)]
+
+
+def test_list_heads_find_the_title_just_said_and_the_one_that_follows_it() -> None:
+    genres = ["Comedy", "Drama", "War"]
+    rows = [
+        {"item_id": title, "title": title, "genres": genres[: 1 + i % 3], "year": 1950 + i, "people": []} for i, title in enumerate(TITLES)
+    ]
+    catalogue = Catalogue(pa.Table.from_pylist(rows), [TITLES])
+    config = TinyConfig(key_value_heads=4, list_heads=True)
+    shown = np.random.default_rng(0).permutation(TITLES)[:12].tolist()
+    prompt = compose(PromptConfig(role="", request="Preferences:"), catalogue, "", shown, [5.0] * len(shown))
+    tokenizer = build_tokenizer(config, catalogue, [prompt])
+    torch.manual_seed(0)
+    model = build_model(config, 1024, tokenizer, catalogue.names).eval()
+    model.set_attn_implementation("eager")
+    followed = 0
+    for last in range(1, len(shown) - 1):
+        ids = tokenizer(f"{prompt} Loved {shown[last - 1]}. Loved {shown[last]}. Loved", return_tensors="pt")["input_ids"]
+        tokens = [token.strip() for token in tokenizer.convert_ids_to_tokens(ids[0])]
+        reading, following = (layer[0, 0] for layer in model(ids, output_attentions=True).attentions[:2])
+        assert reading[-1].argmax() == len(tokens) - 3  # "Loved <title> . Loved"
+        place = tokens.index(shown[last])
+        assert tokens[int(reading[place].argmax())] == shown[last - 1]
+        titles = torch.tensor([token in TITLES for token in tokens])
+        followed += tokens[int((following[-1] * titles).argmax())] == shown[last + 1]
+    assert followed >= 8  # of ten, by a model that has learned nothing
+
+
+def test_list_heads_need_room() -> None:
+    for lacking in ({"layers": 1, "key_value_heads": 4}, {"key_value_heads": 2}, {"key_value_heads": 4, "hidden_size": 32}):
+        with pytest.raises(ValueError, match="list_heads needs"):
+            TinyConfig(list_heads=True, **lacking)
