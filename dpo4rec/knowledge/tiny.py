@@ -106,7 +106,7 @@ def _begin_list_heads(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFas
         """A query that a key of ones at `pairs` answers most so many places back."""
         return torch.cat([(places * turns).cos() * pairs, -(places * turns).sin() * pairs])
 
-    lines, words = (turns > 0.08) & (turns < 0.4), (turns > 0.08) & (turns < 0.6)
+    lines, words = (turns > 0.08) & (turns < 0.4), (turns > 0.08) & (turns < 0.6)  # slow enough not to come round within some lines
     queries = torch.outer(aimed(LINE, lines), read_title) + torch.outer(aimed(2, words), read_opening)
     keys = torch.outer(torch.cat([words.float(), torch.zeros(half)]), read_title)
     slow = turns < 1.5e-2  # the pairs that tell alike from unlike however far apart
@@ -116,13 +116,13 @@ def _begin_list_heads(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFas
     identity = nn.init.orthogonal_(torch.empty(int(compared.sum()), width)) @ (torch.eye(width) - torch.outer(title, title))
     for layer in model.model.layers:
         layer.mlp.down_proj.weight.mul_(0.1)
-    first.q_proj.weight[:size], first.k_proj.weight[:size] = 5 * queries, 5 * keys
+    first.q_proj.weight[:size], first.k_proj.weight[:size] = 5 * queries, 5 * keys  # loud enough for one place to get all attention
     first.v_proj.weight[:size] = F.pad(identity, (0, 0, 0, size - len(identity)))
     first.o_proj.weight[:, :size] = own
-    for projection, of, share in ((second.q_proj, opening, 2.0), (second.k_proj, title, 2.0)):
+    for projection, of in ((second.q_proj, opening), (second.k_proj, title)):
         projection.weight[:size] = 0
         projection.weight[:size][compared] = 2 * own[:, : len(identity)].T
-        projection.weight[half - 1] = share * of
+        projection.weight[half - 1] = 2 * of
 
 
 def warm_up(
