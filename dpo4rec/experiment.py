@@ -161,7 +161,7 @@ class Experiment:
 
         def measured(label: str, temperature: float) -> float:
             if label == BEST_OF:
-                values, _ = self._best_of(self.texts_of("untuned", "validation", temperature), "validation", [5])
+                values = self._best_of(self.texts_of("untuned", "validation", temperature), "validation", [5])[0]
             else:
                 values = self._metrics(Condition(label, label, label), "validation", temperature, [5])
             return float(values[SELECTION_METRIC].nanmean())
@@ -176,7 +176,7 @@ class Experiment:
 
     def measure(self) -> Report:
         """The one reading of the test users."""
-        out, cutoffs = self.folder / "results.json", self.config.evaluation.cutoffs(CUTOFFS)
+        out, best, cutoffs = self.folder / "results.json", self.folder / "best_of.parquet", self.config.evaluation.cutoffs(CUTOFFS)
         inputs = [self.run.folder / self.texts_of(policy, "test", self.temperatures[policy]) / "vectors" for policy in POLICIES]
         inputs += [self.run.folder / self.many_texts / "vectors"] if self.config.evaluation.best_of else []
 
@@ -184,7 +184,9 @@ class Experiment:
             values = {condition.label: self._metrics(condition, "test", None, cutoffs) for condition in CONDITIONS}
             texts = {policy: self.run.folder / self.texts_of(policy, "test", self.temperatures[policy]) / "samples" for policy in POLICIES}
             if self.config.evaluation.best_of:
-                values[BEST_OF], texts[BEST_OF] = self._best_of(self.many_texts, "test", cutoffs)
+                values[BEST_OF], chosen = self._best_of(self.many_texts, "test", cutoffs)
+                files.write_parquet(chosen, best)
+                texts[BEST_OF] = best
             self._write_per_user(values)
             results = {
                 "lists_hash": files.read_json(self.run.folder / "data" / "summary.json")["lists_hash"],
@@ -199,9 +201,8 @@ class Experiment:
             files.write_json(results, out)
             return {"file": "evaluation/results.json"}
 
-        self.run.stage(
-            "evaluation/measure", self.config.evaluation, [*inputs, self.folder / "judges", self.folder / "temperatures.json"], [out], work
-        )
+        inputs += [self.folder / "judges", self.folder / "temperatures.json"]
+        self.run.stage("evaluation/measure", self.config.evaluation, inputs, [out, best] if self.config.evaluation.best_of else [out], work)
         return files.read_json(out)
 
     @property
@@ -227,8 +228,8 @@ class Experiment:
                 totals.setdefault(name, []).append(value)
         return {name: per_user(torch.stack(of).mean(0), owners, len(self._data.user_ids)) for name, of in totals.items()}
 
-    def _best_of(self, name: str, split: str, cutoffs: list[int]) -> tuple[dict[str, Tensor], Path]:
-        """Per-user values [U] of that text in `name` which a user's other lists choose, and the file of the chosen texts."""
+    def _best_of(self, name: str, split: str, cutoffs: list[int]) -> tuple[dict[str, Tensor], pa.Table]:
+        """Per-user values [U] of that text in `name` which a user's other lists choose, and the chosen texts."""
         data, (lists, owners) = self._data, self._lists(split)
         vectors = user_vectors_of([self.run.folder / name / "vectors"], data.user_ids)
         item_vectors = files.read_tensors(self.run.item_vectors)["item_vectors"]
@@ -239,10 +240,10 @@ class Experiment:
         logits = torch.stack(found)  # [seeds, texts, lists, K]
         chosen = best_by_other_half(self.config.reward, logits, data.labels[lists], owners)
         kept = {(data.user_ids[user], text) for user, text in zip(owners.tolist(), chosen.tolist(), strict=True)}
-        samples, out = files.read_parquet(self.run.folder / name / "samples"), self.run.folder / name / "chosen.parquet"
+        samples = files.read_parquet(self.run.folder / name / "samples")
         rows = zip(samples["user_id"].to_pylist(), samples["sample"].to_pylist(), strict=True)
-        files.write_parquet(samples.filter(pa.array([row in kept for row in rows])), out)
-        return self._values(logits[:, chosen, torch.arange(len(lists))], lists, owners, cutoffs), out
+        texts = samples.filter(pa.array([row in kept for row in rows]))
+        return self._values(logits[:, chosen, torch.arange(len(lists))], lists, owners, cutoffs), texts
 
     def _logits(self, condition: Condition, split: str, temperature: float | None, lists: Tensor, owners: Tensor) -> Any:
         """Scores [lists, K] of every seed and text."""

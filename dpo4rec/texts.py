@@ -158,7 +158,7 @@ class Texts(Prepared):
         """How the texts of a folder look; for the built-in model also the share of grounded claims."""
         prompt, threshold = self.config.prompt, self.config.data.like_threshold
         histories = self.folder / "data" / "histories.parquet"
-        truth = TrueClaims(self.catalogue, histories, prompt.history_items, threshold) if self.config.llm.built_in else None
+        truth = TrueClaims(self.catalogue, histories, prompt, threshold) if self.config.llm.built_in else None
         return describe(samples, self.form, truth)
 
     @property

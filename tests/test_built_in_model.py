@@ -38,6 +38,7 @@ def test_list_heads_find_the_title_just_said_and_the_one_that_follows_it() -> No
 
 
 def test_list_heads_need_room() -> None:
-    for lacking in ({"layers": 1, "key_value_heads": 4}, {"key_value_heads": 2}, {"key_value_heads": 4, "hidden_size": 32}):
+    two = {"heads": 2, "key_value_heads": 2}
+    for lacking in (two | {"layers": 1}, {"heads": 1, "key_value_heads": 1}, {"key_value_heads": 2}, two | {"hidden_size": 16}):
         with pytest.raises(ValueError, match="list_heads needs"):
             TinyConfig(list_heads=True, **lacking)

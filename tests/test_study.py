@@ -69,7 +69,7 @@ def test_a_study_measures_arms_and_controls_over_its_seeds(finished: tuple[Path,
     with_texts = {"untuned text", "best of the untuned texts", "aligned", "at random"}
     assert {label for label, of in conditions.items() if "texts" in of} == with_texts
     assert {*conditions["best of the untuned texts"]["temperatures"]} <= {0.7, 1.0}
-    chosen = pq.read_table(next((root / "out" / "seed-0" / "aligned" / "evaluation" / "texts").glob("*best-of*/chosen.parquet")))
+    chosen = pq.read_table(root / "out" / "seed-0" / "aligned" / "evaluation" / "best_of.parquet")
     assert 1 <= chosen.group_by("user_id").aggregate([("sample", "count")])["sample_count"].to_numpy().max() <= 2  # one a half of the lists
     assert [row["p_value"] <= row["p_value_holm"] for row in results["comparisons"]] == [True] * 3
     assert "about 5 minutes" in said

@@ -51,8 +51,10 @@ class TinyConfig(Settings):
 
     @model_validator(mode="after")
     def _list_heads_fit(self) -> "TinyConfig":
-        if self.list_heads and (self.layers < 2 or self.key_value_heads != self.heads or self.hidden_size // self.heads < 16):
-            raise ValueError("list_heads needs 2 layers or more, key_value_heads = heads, and 16 numbers or more a head")
+        if not self.list_heads:
+            return self
+        if min(self.layers, self.heads) < 2 or self.key_value_heads != self.heads or self.hidden_size // self.heads < 16:
+            raise ValueError("list_heads needs 2 layers and 2 heads or more, key_value_heads = heads, and 16 numbers or more a head")
         return self
 
     @model_validator(mode="after")

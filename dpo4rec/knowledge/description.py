@@ -11,8 +11,10 @@ import pyarrow.compute as pc
 
 from dpo4rec.data.user_rows import UserRows
 from dpo4rec.files import batches
+from dpo4rec.knowledge.config import PromptConfig
 from dpo4rec.knowledge.facts import Catalogue, facts
 from dpo4rec.knowledge.form import Form, grounded_share
+from dpo4rec.knowledge.prompts import shown
 
 Truth = Callable[[list[str]], dict[str, set[str]]]
 
@@ -49,19 +51,17 @@ class TrueClaims:
 
     Args:
         histories: table user_id, item_ids, ratings.
-        shown_items: how many of the latest a prompt shows.
     """
 
-    def __init__(self, catalogue: Catalogue, histories: Path, shown_items: int, like_threshold: float) -> None:
+    def __init__(self, catalogue: Catalogue, histories: Path, prompt: PromptConfig, like_threshold: float) -> None:
         self.catalogue, self.histories = catalogue, UserRows(histories)
-        self.shown_items, self.like_threshold = shown_items, like_threshold
+        self.prompt, self.like_threshold = prompt, like_threshold
 
     def __call__(self, users: list[str]) -> dict[str, set[str]]:
         return {row["user_id"]: self._claims(row["item_ids"], row["ratings"]) for row in self.histories.read(users).to_pylist()}
 
     def _claims(self, item_ids: list[str], ratings: list[float]) -> set[str]:
-        shown = slice(-self.shown_items, None)
-        return set(map(str, facts(self.catalogue, item_ids[shown], ratings[shown], self.like_threshold)))
+        return set(map(str, facts(self.catalogue, *shown(self.prompt, item_ids, ratings), self.like_threshold)))
 
 
 def _grounded_shares(samples: pa.Table, truth: Truth) -> list[float]:
