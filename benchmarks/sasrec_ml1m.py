@@ -18,7 +18,7 @@ from dpo4rec.files import read_json
 
 MODELS: dict[str, list[str]] = {
     "sasrec": [],
-    "gru4rec": ["sequential.embedding_dim=64", "sequential.epochs=16", "evaluation.seeds=2"],
+    "gru4rec": ["sequential.layers=2", "sequential.embedding_dim=64", "sequential.epochs=16", "evaluation.seeds=2"],
 }
 """Each with what it changes of the preset; the second is there for comparison, and a seed of it takes a quarter of an hour."""
 
