@@ -122,7 +122,8 @@ class Study:
     Args:
         config: arms, comparisons, expectations.
         folder: gets `seed-<k>/<arm>/` and `results.json`.
-        settings: `key=value` over those of the study, for instance the data's folder.
+        settings: `key=value` over those of the study, for instance the data's folder. Its expectations apply where they say no more than
+            where the data are and what computes.
         quick: one seed with the study's settings for a quick look; its expectations do not apply.
         announce: as a run's.
 
@@ -136,6 +137,7 @@ class Study:
         self.config, self.folder, self.quick, self.announce = config, folder, quick, announce
         self.settings = [*config.settings, *(config.quick if quick else []), *settings]
         self.seeds = list(range(1 if quick else config.seeds))
+        self.as_shipped = not quick and all(setting.startswith(("data.folder=", "cluster.")) for setting in settings)
         own = {"seed", *(setting.partition("=")[0] for changes in config.variants.values() for setting in changes)}
         if taken := sorted(own & {setting.partition("=")[0] for setting in settings}):
             raise InputError(f"--set {taken[0]}", "the study sets it itself, for seeds and arms to differ", "Leave it out")
@@ -222,7 +224,7 @@ class Study:
             "ablations": {label: self._ablation(label) for label in (self.config.aligned, *self.config.ablations)},
         }
         found["figures"] = self._figures(found)
-        found["unexpected"] = {} if self.quick else self._unexpected(found["figures"])
+        found["unexpected"] = self._unexpected(found["figures"]) if self.as_shipped else {}
         files.write_json(found, self.folder / "results.json")
         return found
 

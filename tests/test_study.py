@@ -1,7 +1,10 @@
 """The study: arms that share what they can, seeds on the same users, and tables of both."""
 
 import json
+import re
+import shlex
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -40,15 +43,15 @@ STUDY = {
 
 @pytest.fixture(scope="module")
 def finished(micro: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, list[str]]:
-    """Folder of a finished study of the micro run, what was said on the way, and the settings."""
+    """Folder of a finished study of the micro run, what was said on the way, and the command's words."""
     root = tmp_path_factory.mktemp("study")
     (root / "studies").mkdir()
-    (root / "studies" / "micro.yaml").write_text(yaml.safe_dump(STUDY))
     values = {**yaml.safe_load(micro.read_text()), "rounds": 1}
     values["evaluation"] = {**values.get("evaluation", {}), "seeds": 1, "temperatures": [0.7, 1.0], "best_of": 3}
     values["data"]["split_seed"] = 5
     settings = [f"{key}={json.dumps(value)}" for key, value in values.items() if key != "seed"]
-    options = ["reproduce", "micro", "--run-dir", str(root / "out"), *(word for setting in settings for word in ("--set", setting))]
+    (root / "studies" / "micro.yaml").write_text(yaml.safe_dump({**STUDY, "settings": settings}))
+    options = ["reproduce", "micro", "--run-dir", str(root / "out")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(studies, "STUDIES", root / "studies")
         result = CliRunner().invoke(app, options)
@@ -110,8 +113,21 @@ def test_a_finished_study_does_nothing_again(finished: tuple[Path, str, list[str
     assert (root / "out" / "results.json").read_bytes() == before
 
 
-def test_an_arm_that_was_interrupted_is_not_taken_for_the_one_it_began_as(finished: tuple[Path, str, list[str]], tmp_path: Path) -> None:
-    root, _, options = finished
+def test_expectations_are_of_the_study_as_it_is_shipped(finished: tuple[Path, str, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    root, _, _ = finished
+    monkeypatch.setattr(studies, "STUDIES", root / "studies")
+    here, like = (
+        Study(load_study("micro"), root / "out", [setting]) for setting in ("cluster.wait_timeout_seconds=9", "evaluation.seeds=1")
+    )
+    assert here.results()["unexpected"].keys() == {"well_formed_rate"}
+    assert like.results()["unexpected"] == {}
+
+
+def test_an_arm_that_was_interrupted_is_not_taken_for_the_one_it_began_as(
+    finished: tuple[Path, str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, _, _ = finished
+    monkeypatch.setattr(studies, "STUDIES", root / "studies")
     shutil.copytree(root / "out", tmp_path / "out")
     forked = tmp_path / "out" / "seed-1" / "at-random"
     shutil.rmtree(forked)
@@ -120,7 +136,7 @@ def test_an_arm_that_was_interrupted_is_not_taken_for_the_one_it_began_as(finish
         if forked.exists():
             raise KeyboardInterrupt
 
-    work = Study(StudyConfig.model_validate(STUDY), tmp_path / "out", options[5::2], announce=interrupt)
+    work = Study(load_study("micro"), tmp_path / "out", [], announce=interrupt)
     with pytest.raises(KeyboardInterrupt):
         work.run([1])
     assert (forked / "round-0" / "scores").is_dir()
@@ -152,6 +168,16 @@ def test_every_shipped_study_can_be_begun() -> None:
         config = load_study(name)
         for arm in config.variants.values():
             resolve(config.preset, None, [*config.settings, *config.quick, *arm, "data.folder=somewhere"])
+
+
+def test_commands_of_the_docs_can_be_begun(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "results.md").read_text(encoding="utf-8")
+    commands = [shlex.split(command) for command in re.findall(r"^dpo4rec reproduce .*", text, re.MULTILINE)]
+    assert len(commands) == 3
+    for words in commands:
+        settings = [word for before, word in pairwise(words) if before == "--set"]
+        work = Study(load_study(words[2]), tmp_path, ["data.folder=here", *settings], "--quick" in words)
+        assert work.as_shipped == (len(words) == 5)
 
 
 def test_the_text_is_chosen_by_the_lists_that_it_is_not_measured_on() -> None:
