@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -358,13 +357,12 @@ def test_more_fitting_users_than_there_are_is_an_input_error(micro_run: Path, mi
 
 
 class PatientSampler(Sampler):
-    """Draws the last unit's texts when the first unit's are scored."""
-
-    last, scores = "", Path()
+    """Draws a user's texts when a file is there; which user and file says `patience.json` in the folder PATIENCE."""
 
     def __call__(self, unit: pa.Table) -> pa.Table:
-        if self.last in unit["user_id"].to_pylist():
-            wait_for(self.scores)
+        patience = json.loads((Path(os.environ["PATIENCE"]) / "patience.json").read_text())
+        if patience["user"] in unit["user_id"].to_pylist():
+            wait_for(Path(patience["file"]))
         return super().__call__(unit)
 
 
@@ -372,18 +370,21 @@ class PatientSampler(Sampler):
 
 
 @pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    """A local Ray with GPUs that it is told of; its actors cannot import this file, so the classes travel."""
+def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A local Ray with GPUs that it is told of, whose workers can import this file; the folder where samplers look for patience."""
     import ray
 
-    ray.init(address="local", num_cpus=4, num_gpus=2, include_dashboard=False)
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    yield
+    patience = tmp_path_factory.mktemp("patience")
+    importable = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PATIENCE", str(patience))
+        environment.setenv("PYTHONPATH", importable)
+        ray.init(address="local", num_cpus=4, num_gpus=2, include_dashboard=False)
+    yield patience
     ray.shutdown()
-    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
-def test_steps_on_ray_work_at_the_same_time_and_give_the_same_bytes(local_ray: None, undisturbed: Path, tmp_path: Path) -> None:
+def test_steps_on_ray_work_at_the_same_time_and_give_the_same_bytes(local_ray: Path, undisturbed: Path, tmp_path: Path) -> None:
     pq.write_table(USERS, tmp_path / "users.parquet", row_group_size=5)
     units = Rows(tmp_path / "users.parquet", 3)
     first = tmp_path / "run" / "lengths" / "unit-00000.parquet"  # the first step ends only when the second has a result
@@ -395,15 +396,15 @@ def test_steps_on_ray_work_at_the_same_time_and_give_the_same_bytes(local_ray: N
 
 
 def test_texts_are_scored_on_ray_while_others_are_sampled(
-    local_ray: None, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    local_ray: Path, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(drawn, folder, ignore=shutil.ignore_patterns("logs"))
     here = folder / "round-0"
     for part in ("samples", "vectors", "scores"):
         shutil.rmtree(here / part)
-    monkeypatch.setattr(PatientSampler, "last", max(users_of(drawn / "round-0" / "samples")))
-    monkeypatch.setattr(PatientSampler, "scores", here / "scores" / "unit-00000.parquet")
+    last, first = max(users_of(drawn / "round-0" / "samples")), here / "scores" / "unit-00000.parquet"
+    (local_ray / "patience.json").write_text(json.dumps({"user": last, "file": str(first)}))
     monkeypatch.setattr(texts, "Sampler", PatientSampler)
     run = Run(resolve(None, folder / "config.yaml", ["cluster.kind=ray"]), folder)
     run.score(0)
@@ -414,7 +415,7 @@ def test_texts_are_scored_on_ray_while_others_are_sampled(
     assert scored[0] < sampled[-1]
 
 
-def test_a_worker_killed_in_the_middle_of_a_unit_loses_nothing(local_ray: None, undisturbed: Path, tmp_path: Path) -> None:
+def test_a_worker_killed_in_the_middle_of_a_unit_loses_nothing(local_ray: Path, undisturbed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     stream_units(chain(run, WriterConfig(dies_on="u7", dies=str(tmp_path))), cut(USERS, 3), RAY, logs=tmp_path / "logs")
@@ -424,14 +425,14 @@ def test_a_worker_killed_in_the_middle_of_a_unit_loses_nothing(local_ray: None, 
     assert content_hash(run) == content_hash(undisturbed)
 
 
-def test_the_failing_user_is_named_on_ray_as_well(local_ray: None, tmp_path: Path) -> None:
+def test_the_failing_user_is_named_on_ray_as_well(local_ray: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError) as raised:
         stream_units(chain(tmp_path, WriterConfig(fails_on=["u7"])), cut(USERS, 3), RAY, logs=tmp_path / "logs")
     named_as_the_failing_user(raised.value, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_unit_that_kills_every_worker_stops_the_run(local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_unit_that_kills_every_worker_stops_the_run(local_ray: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "RESTARTS", 1)
     steps = chain(tmp_path / "run", WriterConfig(dies_on="u7", dies=str(tmp_path), always=True))
     with pytest.raises(InputError, match=re.compile(r"died more than 1 times.*unit-00002 begun: 3 rows, u6 to u8", re.DOTALL)):
