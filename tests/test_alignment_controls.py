@@ -18,6 +18,7 @@ from test_alignment import SETTINGS, make_model, make_rows, steps_of
 from test_alignment_processes import launch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
+from trl.trainer import utils
 
 from dpo4rec.alignment.align import align
 from dpo4rec.alignment.answers import imitation_weights, read_answers
@@ -25,6 +26,7 @@ from dpo4rec.alignment.config import AlignmentConfig
 from dpo4rec.alignment.likelihood import LikelihoodTrainer, likelihood_steps
 from dpo4rec.alignment.online import Online, Reward, read_reward
 from dpo4rec.alignment.policy import load_policy
+from dpo4rec.alignment.policy_trainer import score_answers_alone
 from dpo4rec.config import resolve
 from dpo4rec.driver import Run
 from dpo4rec.errors import InputError
@@ -115,6 +117,26 @@ def test_rejection_sampling_is_trls_sft_on_the_same_rows(model: str, table: Path
     weights = load_file(imitated / "adapter_model.safetensors")
     for name, tensor in get_peft_model_state_dict(policy).items():
         torch.testing.assert_close(weights[name], tensor, atol=1e-4, rtol=0)
+
+
+def test_on_cpu_no_position_of_a_prompt_is_scored(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    scored, head = [], utils._ChunkedLogProbFunction
+
+    class Counting:
+        @staticmethod
+        def apply(hidden: torch.Tensor, *others: Any) -> Any:
+            scored.append(len(hidden))
+            return head.apply(hidden, *others)
+
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", Counting)
+    plain = AutoModelForCausalLM.from_pretrained(model)
+    ids = torch.arange(3, 27).reshape(2, 12)
+    expected = plain(ids).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
+    score_answers_alone()
+    utils.add_fused_lm_head(plain)
+    found = plain(ids, labels=ids.masked_fill(torch.arange(12) < 9, -100), fused_lm_head=True).log_probs
+    assert scored == [6]
+    torch.testing.assert_close(found[:, 8:], expected[:, 8:])
 
 
 def test_weights_follow_the_formula() -> None:

@@ -18,7 +18,7 @@ from dpo4rec.alignment.checkpoints import Checkpointing
 from dpo4rec.alignment.config import AlignmentConfig
 from dpo4rec.alignment.online import Online
 from dpo4rec.alignment.policy import Policy, needs_reentrant
-from dpo4rec.alignment.policy_trainer import PolicyTrainer, unrounded
+from dpo4rec.alignment.policy_trainer import PolicyTrainer, score_answers_alone, unrounded
 from dpo4rec.alignment.schedule import schedule
 from dpo4rec.knowledge.config import Decoding
 
@@ -103,6 +103,7 @@ class RewardTrainer(PolicyTrainer, GRPOTrainer):
         self.ids_of = {prompt.text: prompt.ids for prompt in prompts}
         chosen = [prompts[number] for number in order.flatten().tolist()]
         rows = Dataset.from_dict({"prompt": [prompt.text for prompt in chosen], "user_id": [prompt.user_id for prompt in chosen]})
+        score_answers_alone()
         with unrounded(policy):
             super().__init__(
                 model=policy,

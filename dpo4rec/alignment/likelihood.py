@@ -20,7 +20,7 @@ from dpo4rec.alignment.batches import Batch, padded
 from dpo4rec.alignment.checkpoints import Checkpointing
 from dpo4rec.alignment.config import AlignmentConfig
 from dpo4rec.alignment.policy import Policy
-from dpo4rec.alignment.policy_trainer import PolicyTrainer, unrounded
+from dpo4rec.alignment.policy_trainer import PolicyTrainer, score_answers_alone, unrounded
 from dpo4rec.alignment.schedule import Bin, cut, longest_first, schedule
 
 IGNORED = -100
@@ -84,6 +84,7 @@ class LikelihoodTrainer(PolicyTrainer, SFTTrainer):
         self.answers, self.steps_per_epoch, self.bins_per_step = answers, len(steps) // config.epochs, len(steps[0])
         self.bins = [bin_ for step in steps for bin_ in step]
         places = Dataset.from_dict({"place": list(range(len(self.bins)))})
+        score_answers_alone()
         with unrounded(policy):
             super().__init__(
                 model=policy,

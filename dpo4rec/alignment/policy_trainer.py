@@ -1,6 +1,7 @@
 """What every method's trainer shares: its policy as checkpoints, its log, and the checks that it trains at all."""
 
 import contextlib
+import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,3 +65,15 @@ def unrounded(policy: Policy) -> Iterator[None]:
     for parameter, data in kept:
         if parameter.dtype != data.dtype:
             parameter.data = data.to(parameter.device)
+
+
+def score_answers_alone() -> None:
+    """Has TRL's fused output layer leave out a prompt's positions on CPU, too: where Triton is not, it scores them for nothing.
+
+    It does so to keep its tensors' shapes, which some compilers want and a CPU does not. Of a TRL without that choice nothing is changed.
+    """
+    from trl.trainer import utils
+
+    if hasattr(utils, "_use_triton"):
+        has_triton = importlib.import_module("trl.kernels.chunked_logprob")._use_triton
+        utils._use_triton = lambda device: device.type == "cpu" or has_triton(device)
