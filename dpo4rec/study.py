@@ -283,11 +283,11 @@ class Study:
         return rows
 
     def _ablation(self, label: str) -> Report:
-        """NDCG@5 of a variant's tuned text and of its untuned text, of one seed, and their difference over users."""
+        """NDCG@5 of a variant's tuned and untuned text, of one seed, and their difference over users; the same beside a history."""
         own = _per_user(self.path(label, ABLATED) / "evaluation" / "per_user.parquet")
-        tuned, untuned = (own[name]["ndcg@5"] for name in ("tuned text", "untuned text"))
-        means = {"tuned": float(tuned.nanmean()), "untuned": float(untuned.nanmean())}
-        return means | asdict(paired_bootstrap(tuned, untuned, stable_seed("study"), samples=10_000))
+        return _difference(own, "tuned text", "untuned text") | {
+            "beside a history": _difference(own, "history + tuned text", "history + untuned text")
+        }
 
     def _figures(self, found: Report) -> dict[str, float]:
         aligned, conditions = self.config.aligned, found["conditions"]
@@ -312,6 +312,12 @@ class Study:
     def _unexpected(self, figures: dict[str, float]) -> dict[str, Report]:
         ranges = self.config.expected
         return {name: {"found": figures[name], "expected": list(of)} for name, of in ranges.items() if not of[0] <= figures[name] <= of[1]}
+
+
+def _difference(own: dict[str, dict[str, Tensor]], tuned_label: str, untuned_label: str) -> Report:
+    tuned, untuned = (own[label]["ndcg@5"] for label in (tuned_label, untuned_label))
+    means = {"tuned": float(tuned.nanmean()), "untuned": float(untuned.nanmean())}
+    return means | asdict(paired_bootstrap(tuned, untuned, stable_seed("study"), samples=10_000))
 
 
 def _per_user(file: Path) -> dict[str, dict[str, Tensor]]:

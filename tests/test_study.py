@@ -77,6 +77,11 @@ def test_a_study_measures_arms_and_controls_over_its_seeds(finished: tuple[Path,
     assert [row["p_value"] <= row["p_value_holm"] for row in results["comparisons"]] == [True] * 3
     assert "about 5 minutes" in said
     assert results["ablations"].keys() == {"aligned", "beta 1"}
+    alone, beside = results["ablations"]["aligned"], results["ablations"]["aligned"]["beside a history"]
+    assert alone["tuned"] - alone["untuned"] == pytest.approx(alone["difference"], abs=1e-6)
+    per_user = pq.read_table(root / "out" / "seed-0" / "aligned" / "evaluation" / "per_user.parquet").to_pandas()
+    own = per_user.groupby("condition")["ndcg@5"].mean()
+    assert beside["difference"] == pytest.approx(own["history + tuned text"] - own["history + untuned text"], abs=1e-6)
     assert not (root / "out" / "seed-1" / "beta-1").exists()  # one seed is enough
     pairs, adapters = (
         [(root / "out" / "seed-0" / label / "round-0" / name).read_bytes() for label in ("aligned", "beta-1")]

@@ -18,15 +18,18 @@ def tables(results: dict[str, Any]) -> str:
         )
     comparisons = [["difference in NDCG@5", "mean", "95 % interval", "p", "p (Holm)"]]
     for row in results["comparisons"]:
-        interval = f"[{row['low']:+.4f}, {row['high']:+.4f}]"
-        ends = [f"{row['p_value']:.4f}", f"{row['p_value_holm']:.4f}"]
-        comparisons.append([f"{row['a']} - {row['b']}", f"{row['difference']:+.4f}", interval, *ends])
-    ablations = [["variant, one seed", "tuned", "untuned", "mean", "95 % interval", "p"]]
+        comparisons.append([f"{row['a']} - {row['b']}", *_difference(row), f"{row['p_value_holm']:.4f}"])
+    ablations = [["variant, one seed", "tuned", "untuned", "mean", "95 % interval", "p", "beside a history: mean", "95 % interval", "p"]]
     for label, row in results["ablations"].items():
-        means = [f"{row['tuned']:.4f}", f"{row['untuned']:.4f}", f"{row['difference']:+.4f}"]
-        ablations.append([label, *means, f"[{row['low']:+.4f}, {row['high']:+.4f}]", f"{row['p_value']:.4f}"])
+        means = [f"{row['tuned']:.4f}", f"{row['untuned']:.4f}"]
+        ablations.append([label, *means, *_difference(row), *_difference(row["beside a history"])])
     figures = [["figure", "value"], *([name, f"{value:g}"] for name, value in results["figures"].items())]
     return "\n\n".join([heading, _markdown(conditions), _markdown(comparisons), _markdown(ablations), _markdown(figures)]) + "\n"
+
+
+def _difference(row: dict[str, Any]) -> list[str]:
+    """Mean, interval, p."""
+    return [f"{row['difference']:+.4f}", f"[{row['low']:+.4f}, {row['high']:+.4f}]", f"{row['p_value']:.4f}"]
 
 
 def _with_deviation(of: dict[str, Any], metric: str) -> str:
