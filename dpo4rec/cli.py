@@ -292,18 +292,27 @@ def reproduce(
 
         check(asked(resolved, work.path(work.first, left[0])))
     typer.echo(f"{len(left)} of {len(work.seeds)} seeds to do, about {work.minutes(left):.0f} minutes on one core", err=True)
+
+    def write_tables() -> dict[str, Any]:
+        results = work.results()
+        (folder / "results.md").write_text(tables(results), encoding="utf-8")
+        return results
+
+    def started(what: str) -> None:
+        if work.finished():
+            write_tables()  # a look at what is done, while days go by
+        typer.echo(what, err=True)
+
     try:
-        work.run(left, lambda what: typer.echo(what, err=True))
+        work.run(left, started)
     finally:
         display.close()
-    if work.unfinished():
+    if not work.finished():
         return
-    results = work.results()
-    text = tables(results)
-    (folder / "results.md").write_text(text, encoding="utf-8")
-    typer.echo(text)
-    if work.config.expected and not work.as_shipped:
-        typer.echo("the study's expected ranges were not checked: they are of the study as shipped", err=True)
+    results = write_tables()
+    typer.echo(tables(results))
+    if work.config.expected and not work.comparable():
+        typer.echo("the study's expected ranges were not checked: they are of all seeds of the study as shipped", err=True)
     for name, of in results["unexpected"].items():
         typer.echo(f"unexpected: {name} is {of['found']}, and was expected in {of['expected']}", err=True)
     if results["unexpected"]:

@@ -7,7 +7,6 @@ all of them, and are read when an arm is evaluated.
 
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,7 @@ FIGURES = (
 )
 """What `expected` may give a range for; p-values are corrected over all comparisons."""
 Values = dict[str, dict[str, Tensor]]
-"""Condition -> metric -> [seeds, users]."""
+"""Condition -> metric -> [seeds, users], users in the order of their ids."""
 
 
 class StudyConfig(Settings):
@@ -199,6 +198,14 @@ class Study:
         """Seeds of which some arm or ablation is not yet evaluated."""
         return [k for k in self.seeds if not all((self.path(label, k) / RESULTS).exists() for label in self.variants_of(k))]
 
+    def finished(self) -> list[int]:
+        """Seeds of which every arm is evaluated, which have a part in the tables."""
+        return [k for k in self.seeds if all((self.path(label, k) / RESULTS).exists() for label in self.config.arms)]
+
+    def comparable(self) -> bool:
+        """Whether it must find what is expected of it: all is done, with no setting that changes what is computed."""
+        return self.as_shipped and not self.unfinished()
+
     def minutes(self, seeds: list[int]) -> float:
         """About how long these seeds take on one core."""
         whole = len(seeds) * self.config.minutes_per_seed
@@ -206,33 +213,34 @@ class Study:
         return whole * (self.config.quick_share if self.quick else 1)
 
     def results(self) -> Report:
-        """The tables over all seeds, written to `results.json`: by condition metrics and its texts, comparisons, ablations, figures.
+        """The tables of what is done, over the finished seeds, also written to `results.json`: of every condition metrics and texts,
+        comparisons, ablations, figures.
 
         Raises:
-            InputError: a seed is not done, or seeds have other users or lists.
+            InputError: no seed is finished, or seeds have other users or lists.
         """
-        if left := self.unfinished():
-            raise InputError(str(self.folder), f"seeds {left} are not done", "Run the study for them first")
-        values = self.values
+        seeds = self.finished()
+        if not seeds:
+            raise InputError(str(self.folder), "no seed has all its arms", "Run the study for one first")
+        values = self._values(seeds)
         found: Report = {
-            "seeds": len(self.seeds),
+            "seeds": len(seeds),
+            "of_seeds": len(self.seeds),
             "quick": self.quick,
             "test_users": int((~values["none"]["ndcg@5"][0].isnan()).sum()),
             "lists_hash": self._common("lists_hash"),
             "conditions": {label: self._row(label, of) for label, of in values.items()},
-            "comparisons": self._comparisons(),
-            "ablations": {label: self._ablation(label) for label in (self.config.aligned, *self.config.ablations)},
+            "comparisons": self._comparisons(values),
+            "ablations": {label: self._ablation(label) for label in (self.config.aligned, *self.config.ablations) if self._ablated(label)},
         }
         found["figures"] = self._figures(found)
-        found["unexpected"] = self._unexpected(found["figures"]) if self.as_shipped else {}
+        found["unexpected"] = self._unexpected(found["figures"]) if self.comparable() else {}
         files.write_json(found, self.folder / "results.json")
         return found
 
-    @cached_property
-    def values(self) -> Values:
-        """Of every condition, per seed and user; users in the order of their ids."""
+    def _values(self, seeds: list[int]) -> Values:
         tables: dict[str, dict[str, list[Tensor]]] = {}
-        for seed in self.seeds:
+        for seed in seeds:
             for label, of in self._values_of(seed).items():
                 for metric, value in of.items():
                     tables.setdefault(label, {}).setdefault(metric, []).append(value)
@@ -254,7 +262,7 @@ class Study:
         return files.read_json(self.path(arm, seed) / RESULTS)
 
     def _common(self, key: str) -> Any:
-        found = {self._of(arm, seed)[key] for arm in self.config.arms for seed in self.seeds}
+        found = {self._of(arm, seed)[key] for arm in self.config.arms for seed in self.finished()}
         if len(found) > 1:
             raise InputError(str(self.folder), f"its runs have several values of {key}: {sorted(found)}", "Set data.split_seed")
         return found.pop()
@@ -267,20 +275,23 @@ class Study:
         policy |= {"untuned text": (self.first, "untuned"), BEST_OF: (self.first, BEST_OF)}
         if label in policy:
             arm, which = policy[label]
-            runs = [self._of(arm, seed) for seed in self.seeds]
+            runs = [self._of(arm, seed) for seed in self.finished()]
             texts = [run["texts"][which] for run in runs]
             row["texts"] = {name: sum(text[name] for text in texts) / len(texts) for name in texts[0]}
             row["temperatures"] = [run["temperatures"]["chosen"][which] for run in runs]
         return row
 
-    def _comparisons(self) -> list[Report]:
+    def _comparisons(self, values: Values) -> list[Report]:
         rows = []
         for a, b in self.config.comparisons:
-            of = [self.values[label]["ndcg@5"] for label in (a, b)]
+            of = [values[label]["ndcg@5"] for label in (a, b)]
             rows.append({"a": a, "b": b, **asdict(paired_bootstrap(of[0], of[1], stable_seed("study"), samples=10_000))})
         for row, corrected in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
             row["p_value_holm"] = corrected
         return rows
+
+    def _ablated(self, label: str) -> bool:
+        return (self.path(label, ABLATED) / RESULTS).exists()
 
     def _ablation(self, label: str) -> Report:
         """NDCG@5 of a variant's tuned and untuned text, of one seed, and their difference over users; the same beside a history."""

@@ -21,6 +21,7 @@ from dpo4rec.evaluation.metrics import log_likelihood
 from dpo4rec.evaluation.significance import paired_bootstrap
 from dpo4rec.preference.best_of import best_by_other_half
 from dpo4rec.preference.config import RewardConfig
+from dpo4rec.report.study import tables
 from dpo4rec.run_folder import fork, stage_key
 from dpo4rec.study import Study, StudyConfig, load_study
 
@@ -149,7 +150,13 @@ def test_an_arm_that_was_interrupted_is_not_taken_for_the_one_it_began_as(
         work.run([1])
     assert (forked / "round-0" / "scores").is_dir()
     assert work.unfinished() == [1]
-    with pytest.raises(InputError, match="not done"):
+    so_far = work.results()
+    assert (so_far["seeds"], so_far["of_seeds"], so_far["unexpected"]) == (1, 2, {})  # what is expected is of both seeds
+    assert "Seeds of the whole loop: 1 of 2." in tables(so_far)
+    of_both = json.loads((root / "out" / "results.json").read_text())
+    assert so_far["conditions"]["aligned"]["ndcg@5"] != of_both["conditions"]["aligned"]["ndcg@5"]
+    shutil.rmtree(tmp_path / "out" / "seed-0" / "at-random")
+    with pytest.raises(InputError, match="no seed has all its arms"):
         work.results()
 
 

@@ -9,7 +9,8 @@ TEXTS = {"well_formed": "well-formed", "distinct": "distinct", "grounded": "grou
 
 def tables(results: dict[str, Any]) -> str:
     """Conditions with the standard deviation over seeds, comparisons, ablations, and the figures."""
-    heading = f"Test users: {results['test_users']}. Seeds of the whole loop: {results['seeds']}. Lists: `{results['lists_hash']}`."
+    seeds = f"{results['seeds']} of {results['of_seeds']}" if results["seeds"] < results["of_seeds"] else results["seeds"]
+    heading = f"Test users: {results['test_users']}. Seeds of the whole loop: {seeds}. Lists: `{results['lists_hash']}`."
     conditions = [["condition", *(metric.upper() for metric in METRICS), *TEXTS.values(), "temperatures"]]
     for label, of in results["conditions"].items():
         texts = of.get("texts", {})
