@@ -1,10 +1,14 @@
-"""Makes docs/benchmarks.md, and the result table of the README, from benchmarks/results/*.json: `python benchmarks/table.py`."""
+"""Makes docs/benchmarks.md, and the result tables of README.md and docs/results.md, from benchmarks/results/*.json.
+
+    python benchmarks/table.py
+"""
 
 import re
 from pathlib import Path
 from typing import Any
 
 from dpo4rec.files import read_json
+from dpo4rec.report.study import tables
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -67,12 +71,22 @@ def readme_results() -> str:
     return f"{said}\n\n{result_table(results)}"
 
 
+def study_results() -> str:
+    result = read_json(RESULTS / "experiment.json")
+    return tables(result["raw"])
+
+
+MARKED = {"README.md": readme_results, "docs/results.md": study_results}
+"""What stands between the lines `<!-- results -->` and `<!-- /results -->` of a page."""
+
+
 def main() -> None:
     (ROOT / "docs" / "benchmarks.md").write_text(benchmarks_page(), encoding="utf-8")
-    readme = ROOT / "README.md"
-    marked = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.DOTALL)
-    text = readme.read_text(encoding="utf-8")
-    readme.write_text(marked.sub(lambda found: f"{found[1]}{readme_results()}\n{found[2]}", text), encoding="utf-8")
+    block = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.DOTALL)
+    for name, made in MARKED.items():
+        page, content = ROOT / name, made()
+        text = page.read_text(encoding="utf-8")
+        page.write_text(block.sub(lambda found, content=content: f"{found[1]}{content.rstrip()}\n{found[2]}", text), encoding="utf-8")
 
 
 if __name__ == "__main__":

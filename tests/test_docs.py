@@ -11,6 +11,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from benchmarks import table
 from dpo4rec.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -80,3 +81,9 @@ def test_options_after_set_are_known() -> None:
     done = CliRunner().invoke(app, ["run", "--preset", "quickstart", "--dry-run", *arguments])
     assert done.exit_code == 0, done.output
     assert yaml.safe_load(done.output.split("stages:")[0])["alignment"]["beta"] == 0.05
+
+
+def test_tables_are_made_from_the_committed_results() -> None:
+    assert (ROOT / "docs" / "benchmarks.md").read_text() == table.benchmarks_page()
+    for page, made in table.MARKED.items():
+        assert f"<!-- results -->\n{made().rstrip()}\n<!-- /results -->" in (ROOT / page).read_text(), page
