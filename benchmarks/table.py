@@ -1,6 +1,6 @@
 """Makes docs/benchmarks.md, and the result tables of README.md and docs/results.md, from benchmarks/results/*.json.
 
-    python benchmarks/table.py
+python benchmarks/table.py
 """
 
 import re
