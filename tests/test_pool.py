@@ -4,8 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pool_workers import Counter, Writer, WriterConfig, wait_for
 
 from dpo4rec import texts
 from dpo4rec.cluster import pool
@@ -27,66 +26,9 @@ from dpo4rec.files import content_hash, failed, matrix, read_parquet, stable_see
 from dpo4rec.knowledge.sampling import Sampler, SamplerConfig
 from dpo4rec.preference.reward import Scorer
 from dpo4rec.recommenders.fitter import FitJob, Fitter, FitterConfig, job_unit
-from dpo4rec.settings import Settings
 from dpo4rec.stages import Announce
 
 HERE, RAY = ClusterConfig(kind="debug"), ClusterConfig(kind="ray", workers=2)
-
-
-class WriterConfig(Settings):
-    """What a worker does beside its work: `dies` is a folder that notes deaths; without `always` there is one. The last user's unit
-    waits for the file `waits_for`."""
-
-    fails_on: list[str] = []
-    dies_on: str | None = None
-    dies: str = ""
-    always: bool = False
-    waits_for: str | None = None
-
-
-class Writer:
-    """Two texts a user."""
-
-    def __init__(self, config: WriterConfig) -> None:
-        self.config = config
-
-    def __call__(self, unit: pa.Table) -> pa.Table:
-        if self.config.waits_for is not None and "u19" in unit["user_id"].to_pylist():
-            wait_for(Path(self.config.waits_for))
-        rows = []
-        for user in unit["user_id"].to_pylist():
-            if user in self.config.fails_on:
-                raise ArithmeticError(f"cannot write for {user}")
-            if user == self.config.dies_on:
-                self._die()
-            rows += [{"user_id": user, "sample": sample, "text": f"{user} likes {sample}"} for sample in range(2)]
-        return pa.Table.from_pylist(rows)
-
-    def _die(self) -> None:
-        noted = Path(self.config.dies) / "died"
-        if self.config.always or not noted.exists():
-            noted.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def wait_for(file: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not file.exists():
-        if time.monotonic() > deadline:
-            raise TimeoutError(file)
-        time.sleep(0.1)
-
-
-class Counter:
-    """The length of each text."""
-
-    warning = "lengths are counted in characters"
-
-    def __init__(self, config: WriterConfig) -> None:
-        self.config = config
-
-    def __call__(self, unit: pa.Table) -> pa.Table:
-        return unit.append_column("length", pa.compute.utf8_length(unit["text"]))
 
 
 USERS = pa.table({"user_id": [f"u{number}" for number in range(20)], "split": ["train", "test"] * 10})
@@ -371,7 +313,7 @@ class PatientSampler(Sampler):
 
 @pytest.fixture(scope="module")
 def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A local Ray with GPUs that it is told of, whose workers can import this file; the folder where samplers look for patience."""
+    """A local Ray with GPUs that it is told of, whose workers can import what lies here; the folder where samplers look for patience."""
     import ray
 
     patience = tmp_path_factory.mktemp("patience")
