@@ -278,6 +278,7 @@ def reproduce(
     from dpo4rec.report.progress import ProgressDisplay
     from dpo4rec.report.study import tables
     from dpo4rec.study import Study, load_study
+    from dpo4rec.study_results import write_study_results
 
     settings = [f"data.folder={data}"] if data else []
     settings += [f"cluster.kind={cluster}"] if cluster else []
@@ -293,14 +294,9 @@ def reproduce(
         check(asked(resolved, work.path(work.first, left[0])))
     typer.echo(f"{len(left)} of {len(work.seeds)} seeds to do, about {work.minutes(left):.0f} minutes on one core", err=True)
 
-    def write_tables() -> dict[str, Any]:
-        results = work.results()
-        (folder / "results.md").write_text(tables(results), encoding="utf-8")
-        return results
-
     def started(what: str) -> None:
         if work.finished():
-            write_tables()  # a look at what is done, while days go by
+            write_study_results(work)  # a look at what is done, while days go by
         typer.echo(what, err=True)
 
     try:
@@ -309,7 +305,7 @@ def reproduce(
         display.close()
     if not work.finished():
         return
-    results = write_tables()
+    results = write_study_results(work)
     typer.echo(tables(results))
     if work.config.expected and not work.comparable():
         typer.echo("the study's expected ranges were not checked: they are of all seeds of the study as shipped", err=True)

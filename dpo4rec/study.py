@@ -6,31 +6,25 @@ all of them, and are read when an arm is evaluated.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
-import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
-from torch import Tensor
 
 from dpo4rec import files
 from dpo4rec.config import Config, recommender_of, resolve
 from dpo4rec.driver import Run
 from dpo4rec.errors import InputError
-from dpo4rec.evaluation.significance import holm, paired_bootstrap
 from dpo4rec.experiment import BEST_OF, Experiment
-from dpo4rec.files import read_parquet, stable_seed
+from dpo4rec.files import read_parquet
 from dpo4rec.knowledge.prompts import shown
 from dpo4rec.measure import Measurement
 from dpo4rec.recommend import Recommenders
 from dpo4rec.run_folder import fork, read_yaml
 from dpo4rec.settings import Settings
-from dpo4rec.stages import Announce, Report
+from dpo4rec.stages import Announce
 
 STUDIES = Path(__file__).parent / "studies"
-METRICS = ("ndcg@5", "ndcg@10", "map@5")
 CONTROLS = (
     "random",
     "popularity",
@@ -61,8 +55,6 @@ FIGURES = (
     "test_users",
 )
 """What `expected` may give a range for; p-values are corrected over all comparisons."""
-Values = dict[str, dict[str, Tensor]]
-"""Condition -> metric -> [seeds, users], users in the order of their ids."""
 
 
 class StudyConfig(Settings):
@@ -120,7 +112,7 @@ class Study:
 
     Args:
         config: arms, comparisons, expectations.
-        folder: gets `seed-<k>/<arm>/` and `results.json`.
+        folder: gets `seed-<k>/<arm>/`.
         settings: `key=value` over those of the study, for instance the data's folder. Its expectations apply where they say no more than
             where the data are and what computes.
         quick: one seed with the study's settings for a quick look; its expectations do not apply.
@@ -150,11 +142,12 @@ class Study:
         return next(iter(self.config.arms))
 
     def run(self, seeds: list[int], started: Callable[[str], None] = lambda _: None) -> None:
-        """All arms of these seeds, and the ablations. `started` is told what of which seed begins."""
+        """All arms of these seeds, and the ablations, that are not done. `started` is told what of which seed begins."""
         for seed in seeds:
             for label in self.variants_of(seed):
-                started(f"seed {seed}: {label}")
-                self._run_variant(label, seed)
+                if not self.done(label, seed):
+                    started(f"seed {seed}: {label}")
+                    self._run_variant(label, seed)
 
     def variants_of(self, seed: int) -> list[str]:
         """What is run of a seed, in this order."""
@@ -192,15 +185,17 @@ class Study:
         """The resolved configuration of an arm's or ablation's run."""
         return resolve(self.config.preset, None, [*self.settings, *self.config.variants[label], f"seed={seed}"])
 
-    # -- what it found ----------------------------------------------------------------------------------------------------------
+    def done(self, label: str, seed: int) -> bool:
+        """Whether an arm or ablation of this seed is evaluated."""
+        return (self.path(label, seed) / RESULTS).exists()
 
     def unfinished(self) -> list[int]:
         """Seeds of which some arm or ablation is not yet evaluated."""
-        return [k for k in self.seeds if not all((self.path(label, k) / RESULTS).exists() for label in self.variants_of(k))]
+        return [k for k in self.seeds if not all(self.done(label, k) for label in self.variants_of(k))]
 
     def finished(self) -> list[int]:
         """Seeds of which every arm is evaluated, which have a part in the tables."""
-        return [k for k in self.seeds if all((self.path(label, k) / RESULTS).exists() for label in self.config.arms)]
+        return [k for k in self.seeds if all(self.done(label, k) for label in self.config.arms)]
 
     def comparable(self) -> bool:
         """Whether it must find what is expected of it: all is done, with no setting that changes what is computed."""
@@ -211,131 +206,3 @@ class Study:
         whole = len(seeds) * self.config.minutes_per_seed
         whole += len(self.config.ablations) * self.config.minutes_per_ablation if ABLATED in seeds else 0
         return whole * (self.config.quick_share if self.quick else 1)
-
-    def results(self) -> Report:
-        """The tables of what is done, over the finished seeds, also written to `results.json`: of every condition metrics and texts,
-        comparisons, ablations, figures.
-
-        Raises:
-            InputError: no seed is finished, or seeds have other users or lists.
-        """
-        seeds = self.finished()
-        if not seeds:
-            raise InputError(str(self.folder), "no seed has all its arms", "Run the study for one first")
-        values = self._values(seeds)
-        found: Report = {
-            "seeds": len(seeds),
-            "of_seeds": len(self.seeds),
-            "quick": self.quick,
-            "test_users": int((~values["none"]["ndcg@5"][0].isnan()).sum()),
-            "lists_hash": self._common("lists_hash"),
-            "conditions": {label: self._row(label, of) for label, of in values.items()},
-            "comparisons": self._comparisons(values),
-            "ablations": {label: self._ablation(label) for label in (self.config.aligned, *self.config.ablations) if self._ablated(label)},
-        }
-        found["figures"] = self._figures(found)
-        found["unexpected"] = self._unexpected(found["figures"]) if self.comparable() else {}
-        files.write_json(found, self.folder / "results.json")
-        return found
-
-    def _values(self, seeds: list[int]) -> Values:
-        tables: dict[str, dict[str, list[Tensor]]] = {}
-        for seed in seeds:
-            for label, of in self._values_of(seed).items():
-                for metric, value in of.items():
-                    tables.setdefault(label, {}).setdefault(metric, []).append(value)
-        return {label: {metric: torch.stack(of) for metric, of in table.items()} for label, table in tables.items()}
-
-    def _values_of(self, seed: int) -> dict[str, dict[str, Tensor]]:
-        found = {}
-        own = _per_user(self.path(self.first, seed) / "evaluation" / "per_user.parquet")
-        for label in CONTROLS:
-            found[label] = own[label]
-            if label == "history + item text":
-                found[TITLES] = _per_user(self.path(self.first, seed) / "evaluation" / "frozen" / "per_user.parquet")["titles"]
-        for arm in self.config.arms:
-            of_arm = _per_user(self.path(arm, seed) / "evaluation" / "per_user.parquet")
-            found |= {arm: of_arm["tuned text"], history(arm): of_arm["history + tuned text"]}
-        return found
-
-    def _of(self, arm: str, seed: int) -> Report:
-        return files.read_json(self.path(arm, seed) / RESULTS)
-
-    def _common(self, key: str) -> Any:
-        found = {self._of(arm, seed)[key] for arm in self.config.arms for seed in self.finished()}
-        if len(found) > 1:
-            raise InputError(str(self.folder), f"its runs have several values of {key}: {sorted(found)}", "Set data.split_seed")
-        return found.pop()
-
-    def _row(self, label: str, of: dict[str, Tensor]) -> Report:
-        means = {metric: of[metric].nanmean(1) for metric in METRICS}
-        row: Report = {metric: float(mean.mean()) for metric, mean in means.items()}
-        row |= {f"{metric} deviation": float(mean.std()) for metric, mean in means.items() if len(mean) > 1}
-        policy = {label: (label, "tuned") for label in self.config.arms}
-        policy |= {"untuned text": (self.first, "untuned"), BEST_OF: (self.first, BEST_OF)}
-        if label in policy:
-            arm, which = policy[label]
-            runs = [self._of(arm, seed) for seed in self.finished()]
-            texts = [run["texts"][which] for run in runs]
-            row["texts"] = {name: sum(text[name] for text in texts) / len(texts) for name in texts[0]}
-            row["temperatures"] = [run["temperatures"]["chosen"][which] for run in runs]
-        return row
-
-    def _comparisons(self, values: Values) -> list[Report]:
-        rows = []
-        for a, b in self.config.comparisons:
-            of = [values[label]["ndcg@5"] for label in (a, b)]
-            rows.append({"a": a, "b": b, **asdict(paired_bootstrap(of[0], of[1], stable_seed("study"), samples=10_000))})
-        for row, corrected in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
-            row["p_value_holm"] = corrected
-        return rows
-
-    def _ablated(self, label: str) -> bool:
-        return (self.path(label, ABLATED) / RESULTS).exists()
-
-    def _ablation(self, label: str) -> Report:
-        """NDCG@5 of a variant's tuned and untuned text, of one seed, and their difference over users; the same beside a history."""
-        own = _per_user(self.path(label, ABLATED) / "evaluation" / "per_user.parquet")
-        return _difference(own, "tuned text", "untuned text") | {
-            "beside a history": _difference(own, "history + tuned text", "history + untuned text")
-        }
-
-    def _figures(self, found: Report) -> dict[str, float]:
-        aligned, conditions = self.config.aligned, found["conditions"]
-        p_values = {(row["a"], row["b"]): row["p_value_holm"] for row in found["comparisons"]}
-
-        def gain(label: str, over: str) -> float:
-            return conditions[label]["ndcg@5"] - conditions[over]["ndcg@5"]
-
-        gained, best = gain(aligned, "untuned text"), gain(BEST_OF, "untuned text")
-        return {
-            "delta_ndcg5_tuned_vs_untuned": round(gained, 4),
-            "p_tuned_vs_untuned": round(p_values[aligned, "untuned text"], 5),
-            "delta_ndcg5_history_plus_tuned_vs_history_plus_untuned": round(gain(history(aligned), "history + untuned text"), 4),
-            "p_history_plus_tuned_vs_history_plus_untuned": round(p_values[history(aligned), "history + untuned text"], 5),
-            "delta_ndcg5_best_of_n_vs_untuned": round(best, 4),
-            "captured_share_of_best_of_n": round(gained / best, 3) if best else 0.0,
-            "well_formed_rate": round(conditions[aligned]["texts"]["well_formed"], 4),
-            "seeds": found["seeds"],
-            "test_users": found["test_users"],
-        }
-
-    def _unexpected(self, figures: dict[str, float]) -> dict[str, Report]:
-        ranges = self.config.expected
-        return {name: {"found": figures[name], "expected": list(of)} for name, of in ranges.items() if not of[0] <= figures[name] <= of[1]}
-
-
-def _difference(own: dict[str, dict[str, Tensor]], tuned_label: str, untuned_label: str) -> Report:
-    tuned, untuned = (own[label]["ndcg@5"] for label in (tuned_label, untuned_label))
-    means = {"tuned": float(tuned.nanmean()), "untuned": float(untuned.nanmean())}
-    return means | asdict(paired_bootstrap(tuned, untuned, stable_seed("study"), samples=10_000))
-
-
-def _per_user(file: Path) -> dict[str, dict[str, Tensor]]:
-    """Condition -> metric -> values, users in the order of their ids."""
-    table = read_parquet(file).sort_by("user_id")
-    found = {}
-    for label in table["condition"].unique().to_pylist():
-        rows = table.filter(pa.array([condition == label for condition in table["condition"].to_pylist()]))
-        found[label] = {metric: torch.from_numpy(rows[metric].to_numpy().copy()) for metric in METRICS if metric in rows.column_names}
-    return found

@@ -24,6 +24,7 @@ from dpo4rec.preference.config import RewardConfig
 from dpo4rec.report.study import tables
 from dpo4rec.run_folder import fork, stage_key
 from dpo4rec.study import Study, StudyConfig, load_study
+from dpo4rec.study_results import keep_evaluations, study_results
 
 ARMS = {"aligned": [], "at random": ["pairs.orientation=random"]}
 ABLATIONS = {"beta 1": ["alignment.beta=1"]}
@@ -122,9 +123,8 @@ def test_a_finished_study_does_nothing_again(finished: tuple[Path, str, list[str
 def test_expectations_are_of_the_study_as_it_is_shipped(finished: tuple[Path, str, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     root, said, options = finished
     monkeypatch.setattr(studies, "STUDIES", root / "studies")
-    assert Study(load_study("micro"), root / "out", ["cluster.wait_timeout_seconds=9"]).results()["unexpected"].keys() == {
-        "well_formed_rate"
-    }
+    as_shipped = Study(load_study("micro"), root / "out", ["cluster.wait_timeout_seconds=9"])
+    assert study_results(as_shipped)["unexpected"].keys() == {"well_formed_rate"}
     assert "not checked" not in said
     other = CliRunner().invoke(app, [*options, "--set", "evaluation.seeds=1"])
     assert other.exit_code == 0
@@ -150,14 +150,32 @@ def test_an_arm_that_was_interrupted_is_not_taken_for_the_one_it_began_as(
         work.run([1])
     assert (forked / "round-0" / "scores").is_dir()
     assert work.unfinished() == [1]
-    so_far = work.results()
+    so_far = study_results(work)
     assert (so_far["seeds"], so_far["of_seeds"], so_far["unexpected"]) == (1, 2, {})  # what is expected is of both seeds
     assert "Seeds of the whole loop: 1 of 2." in tables(so_far)
     of_both = json.loads((root / "out" / "results.json").read_text())
     assert so_far["conditions"]["aligned"]["ndcg@5"] != of_both["conditions"]["aligned"]["ndcg@5"]
     shutil.rmtree(tmp_path / "out" / "seed-0" / "at-random")
     with pytest.raises(InputError, match="no seed has all its arms"):
-        work.results()
+        study_results(work)
+
+
+def test_the_evaluations_that_were_kept_make_the_same_tables(
+    finished: tuple[Path, str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, _, options = finished
+    monkeypatch.setattr(studies, "STUDIES", root / "studies")
+    for seed in (0, 1):  # each of a machine of its own
+        part = tmp_path / f"machine-{seed}"
+        shutil.copytree(root / "out" / f"seed-{seed}", part / f"seed-{seed}")
+        keep_evaluations(Study(load_study("micro"), part, []), tmp_path / "kept")
+    kept = [path for path in (tmp_path / "kept").rglob("*") if path.is_file()]
+    assert {path.suffix for path in kept} == {".json", ".parquet"}
+    assert len(kept) == 2 * (3 + 2) + 2  # of the first arm the titles, too; the ablation of one seed
+    again = CliRunner().invoke(app, [*options[:-1], str(tmp_path / "kept")])
+    assert "0 of 2 seeds" in again.output
+    assert json.loads((tmp_path / "kept" / "results.json").read_text()) == study_results(Study(load_study("micro"), root / "out", []))
+    assert (tmp_path / "kept" / "results.md").read_text() == (root / "out" / "results.md").read_text()
 
 
 def test_studies_say_what_they_lack(tmp_path: Path) -> None:
