@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
+from peft.tuners.lora import Linear
 from test_alignment import SETTINGS, make_model, make_rows, steps_of
 
 from dpo4rec.alignment.align import align
@@ -58,6 +59,24 @@ def test_it_is_computed_once(folder: Path, tmp_path: Path, caplog: pytest.LogCap
     assert len(list((tmp_path / ".reference").iterdir())) == 1
     run(folder, tmp_path / "c", folder / "first" / "adapter")
     assert len(list((tmp_path / ".reference").iterdir())) == 2
+
+
+def test_a_fresh_adapter_is_switched_off_for_it(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapters_at_work = []
+    forward = Linear.forward
+
+    def watched(self: Linear, *args: Any, **more: Any) -> torch.Tensor:
+        if torch.is_grad_enabled():  # a training step begins
+            monkeypatch.setattr(Linear, "forward", forward)
+        else:
+            adapters_at_work.append(not self.disable_adapters)
+        return forward(self, *args, **more)
+
+    for initial in (None, folder / "first" / "adapter"):
+        adapters_at_work.clear()
+        monkeypatch.setattr(Linear, "forward", watched)
+        run(folder, tmp_path / f"{initial is None}" / "adapter", initial, packing="none")  # to look for packing runs the model, too
+        assert set(adapters_at_work) == {initial is not None}
 
 
 def test_one_that_is_not_whole_is_computed_again(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

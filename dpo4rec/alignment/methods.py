@@ -101,7 +101,8 @@ def _preference(start: Start, round_0_adapter: Path | None) -> Built:
     reference = start.out.parent / ".reference" / f"{reference_key(config, start.model, reference_adapter, preferences)}.safetensors"
     hashes = [content_hash(path) if path else None for path in (start.initial_adapter, reference_adapter)]
     alike = config.objective != "simpo" and hashes[0] == hashes[1]
-    trainer = PreferenceTrainer(config, policy, arguments, preferences, steps, len(steps) // config.epochs, reference, alike)
+    trained = config.weights == "full" or (config.reference == "initial_adapter" and start.initial_adapter is not None)
+    trainer = PreferenceTrainer(config, policy, arguments, preferences, steps, len(steps) // config.epochs, reference, alike, trained)
     return trainer, checkpoint, {"pairs": len(preferences.comparisons), "dropped": dropped}
 
 

@@ -1,7 +1,7 @@
 """Log-probabilities of the reference: computed once, by the model that is trained, so no second model is ever needed.
 
-The wrapped model itself does it (DDP or DeepSpeed, any ZeRO stage), before the first step: as it starts, with its adapter off, or with
-round 0's adapter in place of its own. The result is a file whose name is a hash of all that it depends on.
+The wrapped model itself does it (DDP or DeepSpeed, any ZeRO stage), before the first step: as it starts, with its adapter off (a fresh one
+adds nothing), or with round 0's adapter in place of its own. The result is a file whose name is a hash of all that it depends on.
 """
 
 import contextlib
@@ -84,9 +84,9 @@ def compute_reference(score: Callable[[Batch], Tensor], bins: list[Bin], collato
 
 
 @contextlib.contextmanager
-def as_reference(policy: torch.nn.Module, reference: str) -> Iterator[None]:
+def as_reference(policy: torch.nn.Module, as_it_starts: bool) -> Iterator[None]:
     """Makes the policy its own reference inside the block: as it is, without adapter, or with the adapter `ADAPTER`."""
-    if reference == "initial_adapter" or not isinstance(policy, PeftModel):
+    if as_it_starts or not isinstance(policy, PeftModel):
         yield
     elif ADAPTER not in policy.peft_config:
         with policy.disable_adapter():

@@ -46,6 +46,7 @@ class PreferenceTrainer(PolicyTrainer):
         steps_per_epoch: the bins of so many steps hold all answers.
         reference: file of the reference's log-probabilities, read or made.
         starts_at_reference: whether the untrained policy is the reference.
+        as_it_starts: whether the reference has weights that are trained, so that it is the policy before its first step and never again.
 
     Raises:
         RuntimeError: training went wrong, see `check_step`.
@@ -61,6 +62,7 @@ class PreferenceTrainer(PolicyTrainer):
         steps_per_epoch: int,
         reference: Path,
         starts_at_reference: bool,
+        as_it_starts: bool,
     ) -> None:
         bins = [bin_ for step in steps for bin_ in step]
         self.collator = Collator(preferences, config.packing != "none", BLOCK if arguments.device.type == "cuda" else 1)
@@ -73,7 +75,7 @@ class PreferenceTrainer(PolicyTrainer):
         self.folder = Path(str(arguments.output_dir))
         self.first_epoch = [bin_ for step in steps[:steps_per_epoch] for bin_ in step]
         self.bins_per_step = len(steps[0])
-        self.reference_file, self.starts_at_reference = reference, starts_at_reference
+        self.reference_file, self.starts_at_reference, self.as_it_starts = reference, starts_at_reference, as_it_starts
         base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
         self.scorer = Scorer(base)
         self.losses_of = Objective(config, preferences, arguments.device)
@@ -129,13 +131,13 @@ class PreferenceTrainer(PolicyTrainer):
         return table.to(self.args.device)
 
     def _compute_reference(self, model: nn.Module) -> Tensor:
-        if self.state.global_step and self.settings.reference == "initial_adapter":
+        if self.state.global_step and self.as_it_starts:
             raise RuntimeError(
                 f"{self.reference_file} is missing, and the policy it came from is gone: delete {self.folder} and align again"
             )
         # The model stays in training mode (there is no dropout): in eval mode, 4-bit layers on CPU are repacked for good into a form
         # that passes no gradient, and only a warning says so.
-        with as_reference(self.policy, self.settings.reference):
+        with as_reference(self.policy, self.as_it_starts):
             return compute_reference(lambda batch: self.scorer(model, batch), self.first_epoch, self.collator, self.accelerator)
 
     def _add(self, inputs: Batch, losses: Losses) -> None:
