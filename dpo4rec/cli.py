@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from dpo4rec.driver import Run
 
 # The packages behind a command take seconds to import, so each command imports its own.
-app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None)
 
-Preset = Annotated[str | None, typer.Option(help="shipped settings: quickstart, ml-1m, ml-100k")]
+Preset = Annotated[str | None, typer.Option(help="shipped settings: quickstart, ml-1m, ml-100k, sasrec-ml-1m")]
 File = Annotated[Path | None, typer.Option("--config", help="YAML file with settings, over the preset")]
 Data = Annotated[Path | None, typer.Option(help="folder of the source's files; short for --set data.folder=FOLDER")]
 Cluster = Annotated[str | None, typer.Option(help="debug or ray; short for --set cluster.kind=KIND")]
@@ -125,6 +125,10 @@ def prepare(
     if download:
         from dpo4rec.data.download import download as fetch
 
+        if preset or config or cluster or set_:
+            raise InputError(
+                "--download", "it makes no run, so settings have no meaning there", "Give --data alone; prepare the run after it"
+            )
         fetch(target, data or Path("data") / target)
         return
     with _open(_resolved(Path(target), preset, config, data, cluster, set_), Path(target)) as job:
@@ -344,7 +348,11 @@ def plan(
         source = [] if preset or config else ["data.source=simulation"]  # which data does not matter here
         resolved = resolve(preset, config, source + (set_ or []))
         answer = answer_tokens or resolved.sampling.decoding.max_new_tokens
-        size = Pairs(pairs, prompt_tokens or resolved.alignment.max_tokens - answer, answer)
+        longest = resolved.alignment.max_tokens
+        if answer >= longest:
+            cause = f"{answer} tokens leave no room for a prompt in alignment.max_tokens={longest}"
+            raise InputError("--answer-tokens", cause, "Give fewer, or --set alignment.max_tokens=...")
+        size = Pairs(pairs, prompt_tokens or longest - answer, answer)
         speed = measured_speed(tokens_per_second, measured)
         found = plan(model_of(model, shape, resolved.llm), resolved.alignment, size, gpu_memory_gib, speed)
     if json_:
@@ -364,7 +372,9 @@ def _resolved(
     own = folder / "config.yaml"
     if preset is None and file is None:
         if not own.exists():
-            raise InputError(str(folder), "is no run folder yet, so its settings are unknown", "Give --preset or --config")
+            raise InputError(
+                str(folder), "is no run folder yet, so its settings are unknown", "Correct the path, or begin with --preset or --config"
+            )
         file = own
     return resolve(preset, file, given + (settings or []))
 

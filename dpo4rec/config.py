@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from dpo4rec.alignment.config import AlignmentConfig, Tracking
 from dpo4rec.cluster.config import ClusterConfig
@@ -53,7 +53,7 @@ class SamplingConfig(Settings):
 class EvaluationConfig(Settings):
     """What is measured at the end."""
 
-    temperatures: list[float] = Field(default=[0.5, 0.7, 1.0], min_length=1)
+    temperatures: list[PositiveFloat] = Field(default=[0.5, 0.7, 1.0], min_length=1)
     """Each policy is measured at that of these which is best for it on the validation users."""
     texts_per_user: PositiveInt = 4
     best_of: int | None = Field(default=None, ge=2)
@@ -227,6 +227,8 @@ def _explained(error: ValidationError, root: type[Settings] = Config) -> InputEr
 def _fields(root: type[Settings], path: list[str]) -> list[str]:
     model: Any = root
     for part in path:
+        if part.isdigit():  # of a list, whose items' kind is already found
+            continue
         model = model.model_fields[part].annotation
         model = next((arm for arm in getattr(model, "__args__", ()) if isinstance(arm, type) and issubclass(arm, Settings)), model)
     return sorted(model.model_fields)

@@ -15,6 +15,7 @@ from dpo4rec.cluster.units import Files
 from dpo4rec.cluster.worker import Step
 from dpo4rec.config import Config
 from dpo4rec.data.user_rows import UserRows
+from dpo4rec.errors import InputError
 from dpo4rec.files import batches, content_hash, read_parquet, stable_seed
 from dpo4rec.knowledge.description import with_form
 from dpo4rec.preference.agreement import rank_correlation
@@ -65,9 +66,14 @@ class Run(Texts):
         _ = self.folds  # here, so that a wrong reward.fit_users is said before anything that takes long
         if self.config.llm.built_in:
             self.warm_up()
+        if not isinstance(self.config.alignment.lora_targets, str):
+            from dpo4rec.alignment.methods import model_settings
+            from dpo4rec.alignment.policy import check_targets  # takes seconds to import
+
+            check_targets(self.config.alignment, model_settings(self.policy(0).source))
         self.write_prompts()
         if self.config.prompt.item_request is not None:
-            self.write_item_texts(self.config.prompt.item_request)
+            self.write_item_texts()
         return summary
 
     # -- one round --------------------------------------------------------------------------------------------------------------
@@ -81,6 +87,13 @@ class Run(Texts):
         name, sampling = self.fitting_texts(round_), self.config.sampling
         users: Users = ("fits", [True]) if self.draws_fitting_users else of_splits("train", "validation")
         report = self.texts(name, self.policy(round_), users, sampling.decoding, sampling.samples)
+        if self.config.pairs.format_gate and report["well_formed"] == 0:
+            cause = f"none of {report['texts']} texts is well-formed, so no pair could be made of them"
+            remedy = (
+                f"Look at some in {self.folder / name / 'samples'}. Texts that do not end within sampling.decoding.max_new_tokens="
+                f"{sampling.decoding.max_new_tokens} need more; a model that thinks first must not (prompt.chat_template_arguments)"
+            )
+            raise InputError(f"{name}/sample", cause, remedy)
         if round_ == 0:
             self.fit_encoder(name)
         self.encode(name)
@@ -126,12 +139,12 @@ class Run(Texts):
         name, config, policy = f"round-{round_}", self.config, self.policy(round_)
         here, sampler = self.folder / name, self.sampler(name, policy, config.sampling.decoding, config.sampling.samples)
         outs = [here / part for part in ("samples", "vectors", "scores")]
-        gpus = config.cluster.gpus_per_worker  # of a worker's, shared where the encoder is a model, too; re-rankers need none
+        gpus = config.cluster.gpus_per_worker  # of a worker's, shared where the encoder is a model, too
         encoding = 0 if config.encoder.kind == "tfidf" else gpus / 2
 
         def work() -> Report:
             texts = [self.sampling_step(sampler, here, gpus=gpus - encoding), self.encoding_step(here, gpus=encoding)]
-            self.stream(f"{name}/score", [*texts, self._scoring_step(round_, gpus=0)], self.prompt_units(of_splits("train")))
+            self.stream(f"{name}/score", [*texts, self._scoring_step(round_)], self.prompt_units(of_splits("train")))
             report = {**self.describe(here / "samples"), **self.cut_texts(name), **self._judgement(here)}
             return {**report, **self.failures(*outs), **self._agreement(here)}
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 from dpo4rec import files
 from dpo4rec.data.new_users import read_new_users
 from dpo4rec.driver import Run
+from dpo4rec.errors import InputError
 from dpo4rec.experiment import Experiment
 from dpo4rec.exported_users import write_users
 from dpo4rec.files import content_hash, read_json, read_parquet, write_json
@@ -33,11 +34,14 @@ class Export:
         out: the folder to write, new or of an earlier export.
 
     Raises:
-        InputError: the run is not finished.
+        InputError: the run is not finished, or its re-ranker cannot be exported.
     """
 
     def __init__(self, run: Run, out: Path) -> None:
         self.run, self.config, self.out = run, run.config, out.resolve()
+        if self.config.recommender.model == "mir":
+            cause = "MIR reads a user's whole history by a GRU, which no program of any length can be made of"
+            raise InputError("recommender.model", cause, "Export a run with prm, dlcm or setrank")
         self.experiment = Experiment(run)
         self.policy: Policy = run.policy(self.config.rounds)
         if self.policy.adapter is not None and not self.policy.adapter.is_dir():

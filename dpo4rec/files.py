@@ -61,11 +61,13 @@ def write_json(value: Any, path: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Raises `InputError` when the file is missing or not JSON."""
+    """Raises `InputError` when the file is missing, cannot be read or is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise missing(path) from error
+    except OSError as error:
+        raise InputError(str(path), f"it cannot be read ({error.strerror})", "Give a JSON file") from error
     except ValueError as error:
         raise corrupted(path, error) from error
 
@@ -151,7 +153,9 @@ def missing(path: Path) -> InputError:
 
 
 def corrupted(path: Path, error: Exception) -> InputError:
-    return InputError(str(path), f"the file is damaged ({error})", "Delete it and run again: what made it runs once more")
+    kind = {".parquet": "Parquet", ".safetensors": "safetensors"}.get(path.suffix, "JSON")
+    remedy = f"Delete it and run again if a run has made it: what made it runs once more. One of your own must be a {kind} file"
+    return InputError(str(path), f"the file is damaged or of another kind ({error})", remedy)
 
 
 def content_hash(*paths: Path) -> str:

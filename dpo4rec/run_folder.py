@@ -189,7 +189,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise files.missing(path) from error
-    except yaml.YAMLError as error:
+    except OSError as error:
+        raise InputError(str(path), f"it cannot be read ({error.strerror})", "Give a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(str(path), f"not valid YAML ({error})", "Correct it") from error
     if not isinstance(value, dict):
         raise InputError(str(path), "holds no settings", "Write `section:` lines with `key: value` below them")

@@ -46,9 +46,8 @@ class Stages:
         return {"seed": self.config.seed, **(settings if isinstance(settings, dict) else settings.model_dump(mode="json"))}
 
     def step(self, worker: type, config: Settings, out: Path, **more: Any) -> Step:
-        """A pool as the configuration has it; `more` are fields of `Step`."""
-        cluster = self.config.cluster
-        usual: dict[str, Any] = {"workers": cluster.workers, "gpus": cluster.gpus_per_worker, "name": worker.__name__.lower()}
+        """A pool as the configuration has it, without GPUs: those are for language models; `more` are fields of `Step`."""
+        usual: dict[str, Any] = {"workers": self.config.cluster.workers, "name": worker.__name__.lower()}
         return Step(worker, config, out, **usual | more)
 
     def stream(self, label: str, steps: list[Step], units: Source | Units) -> None:

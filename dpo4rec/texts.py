@@ -55,7 +55,8 @@ class Texts(Prepared):
         return Rows(self.prompts, self.config.sampling.users_per_unit, ["user_id", "prompt_ids"], users)
 
     def sampling_step(self, sampler: SamplerConfig, folder: Path, **more: Any) -> Step:
-        return self.step(Sampler, sampler, folder / "samples", **{"skip_failed": self.config.sampling.skip_failed_rows} | more)
+        usual = {"skip_failed": self.config.sampling.skip_failed_rows, "gpus": self.config.cluster.gpus_per_worker}
+        return self.step(Sampler, sampler, folder / "samples", **usual | more)
 
     def sampler(self, purpose: str, policy: Policy, decoding: Decoding, samples: int) -> SamplerConfig:
         return SamplerConfig(
@@ -74,19 +75,27 @@ class Texts(Prepared):
         """The part of a stage's key that says how texts are drawn; the policy's files are among its inputs."""
         return sampler.model_dump(exclude={"source", "adapter"})
 
-    def write_item_texts(self, request: str) -> Report:
+    def write_item_texts(self) -> Report:
         """One text for each item by the untuned model: KAR's item-factual knowledge."""
         config, out = self.config, self.folder / "item_texts"
         sampler = self.sampler("item_texts", self.policy(0), config.sampling.decoding, 1)
 
         def work() -> Report:
             tokenizer = load_tokenizer(config.llm, self.policy(0).source)
-            prompts = item_prompt_table(request, read_parquet(self.folder / "data" / "items.parquet"), tokenizer)
-            self.stream("item-texts", [self.step(Sampler, sampler, out)], cut(prompts, config.sampling.users_per_unit))
+            prompts = item_prompt_table(config.prompt, read_parquet(self.folder / "data" / "items.parquet"), tokenizer)
+            self.stream(
+                "item-texts",
+                [self.step(Sampler, sampler, out, gpus=config.cluster.gpus_per_worker)],
+                cut(prompts, config.sampling.users_per_unit),
+            )
             texts = read_parquet(out)
             return {"texts": len(texts), "unfinished": len(texts) - pc.sum(texts["finished"].cast(pa.int64())).as_py()}
 
-        settings = {"request": request, **self.sampler_key(sampler), **self.pool_settings()}
+        settings = {
+            "prompt": config.prompt.model_dump(include={"item_request", "chat_template_arguments"}),
+            **self.sampler_key(sampler),
+            **self.pool_settings(),
+        }
         return self.stage("item-texts", settings, [self.folder / "data", *self.policy(0).files], [out], work)
 
     # -- encoding ---------------------------------------------------------------------------------------------------------------
@@ -104,7 +113,12 @@ class Texts(Prepared):
 
     def encoding_step(self, folder: Path, **more: Any) -> Step:
         """Reads what the sampling step has written."""
-        usual = {"skip_failed": self.config.sampling.skip_failed_rows, "take": methodcaller("select", ["user_id", "sample", "text"])}
+        gpus = 0 if self.config.encoder.kind == "tfidf" else self.config.cluster.gpus_per_worker
+        usual = {
+            "skip_failed": self.config.sampling.skip_failed_rows,
+            "gpus": gpus,
+            "take": methodcaller("select", ["user_id", "sample", "text"]),
+        }
         return self.step(Encoder, self.encoder, folder / "vectors", **usual | more)
 
     def cut_texts(self, name: str) -> Report:

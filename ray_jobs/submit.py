@@ -23,6 +23,8 @@ from environment import DEFAULT, read_environment, refuse_secrets
 
 AGENT_TIMEOUT_SECONDS = 120
 STOP_TIMEOUT_SECONDS = 30
+TOKEN_FILE = Path("~/.ray/auth_token").expanduser()
+"""Where Ray's client looks for the token when no variable says where it is."""
 PATH_OPTIONS = ("--run-dir", "--data", "--config")
 """Options of `dpo4rec run` that name a path: it must mean the same on every node."""
 
@@ -43,6 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     os.environ["RAY_API_SERVER_ADDRESS"] = given.address
+    if os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} or TOKEN_FILE.exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # else Ray's client leaves the token out
     entrypoint = ["python", "-m", "dpo4rec.cli", "run", "--cluster", "ray", *options]
     line = ["ray", "job", "submit", "--address", given.address, "--runtime-env-json", json.dumps(environment), "--", *entrypoint]
     print(shlex.join(line), flush=True)

@@ -30,6 +30,10 @@ def test_command_line_beats_file_beats_preset(tmp_path: Path) -> None:
         ("aligment.beta=0.1", ["aligment", "nearest is 'alignment'"]),
         ("alignment.beta=-1", ["alignment.beta", "greater than 0"]),
         ("llm.tiny.writers=[{kind_weights: {opera: 1}}]", ["llm.tiny.writers", "opera"]),
+        ("llm.tiny.writers=[{weigth: 1}]", ["llm.tiny.writers.0.weigth", "nearest is 'weight'"]),
+        ("llm.tiny.writers=[{length_weights: [-1, 2]}]", ["length_weights", "-1"]),
+        ("llm.tiny.writers=[{kind_weights: {}}]", ["kind_weights", "one of them above"]),
+        ("evaluation.temperatures=[0, 0.5]", ["evaluation.temperatures.0", "greater than 0"]),
         ("recommender.user_signal=history", ["user_signal must hold text"]),
         ("llm.quantization=nf4", ["tiny model"]),
         ("alignment.quantization=nf4", ["must be the same"]),
@@ -46,6 +50,24 @@ def test_bad_settings_are_named(setting: str, words: list[str]) -> None:
         resolve("quickstart", None, [setting])
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_file_that_holds_no_settings_is_named(tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes("name: Frühling".encode("latin-1"))
+    for path, cause in (
+        (tmp_path, "cannot be read"),
+        (tmp_path / "latin.yaml", "not valid YAML"),
+        (tmp_path / "none.yaml", "no such file"),
+    ):
+        with pytest.raises(InputError, match=cause) as caught:
+            resolve("quickstart", path, [])
+        assert str(path) in str(caught.value)
+
+
+def test_help_says_the_defaults_and_all_presets() -> None:
+    words = " ".join(CliRunner().invoke(app, ["run", "--help"]).output.split())
+    assert "[default: runs/PRESET]" in words
+    assert all(preset in words for preset in presets())
 
 
 def test_vllm_draws_what_it_can() -> None:

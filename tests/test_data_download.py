@@ -9,7 +9,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from dpo4rec.cli import app
 from dpo4rec.data import download as module
 from dpo4rec.data.download import download
 from dpo4rec.data.movielens import FILES
@@ -115,6 +117,15 @@ def test_a_wrong_archive_is_refused_and_removed(server: Server, tmp_path: Path) 
     with pytest.raises(InputError, match="MD5"):
         download("ml-100k", tmp_path, server.url)
     assert names(tmp_path) == []
+
+
+def test_what_is_no_data_set_is_refused_and_so_are_settings(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"data/ml-1m.*ml-1m, ml-100k"):
+        download("data/ml-1m", tmp_path)
+    done = CliRunner().invoke(app, ["prepare", "ml-1m", "--download", "--data", str(tmp_path), "--preset", "ml-1m"])
+    assert done.exit_code == 2
+    assert "settings have no meaning" in done.output
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_a_connection_the_files_and_their_place_are_named(tmp_path: Path) -> None:

@@ -127,6 +127,14 @@ def test_short_users_are_refused_by_name_or_dropped_and_counted(tmp_path: Path) 
     assert "shorty" not in {row["user_id"] for name in ("users", "interactions", "histories", "lists") for row in rows(out, name)}
 
 
+def test_ratings_of_which_none_is_liked_are_refused(tmp_path: Path) -> None:
+    config = written(tmp_path, [row | {"rating": number % 2} for number, row in enumerate(ten_each(12))])
+    with pytest.raises(InputError, match=r"data.like_threshold.*train users.*above 3"):
+        made(tmp_path, config)
+    out = made(tmp_path, config.model_copy(update={"like_threshold": 0.5}))
+    assert json.loads((out / "summary.json").read_text())["lists_with_a_positive"] > 0
+
+
 def test_a_user_who_touched_nearly_all_items_is_refused(tmp_path: Path) -> None:
     config = written(tmp_path, ten_each(12) + [row | {"user_id": "glutton"} for row in ten_each(1, count=18)])
     with pytest.raises(InputError, match="'glutton'"):

@@ -188,6 +188,14 @@ def test_a_damaged_part_is_made_again(folder: Path, micro_run: Path, tmp_path: P
     assert (tmp_path / "OUT" / "model" / "model.safetensors").read_bytes() == whole
 
 
+def test_a_re_ranker_without_a_program_is_refused_before_anything_is_written(micro: Path, tmp_path: Path) -> None:
+    run = Run(resolve("quickstart", micro, ["recommender.model=mir"]), tmp_path / "run")
+    with pytest.raises(InputError, match="prm, dlcm or setrank"):
+        Export(run, tmp_path / "OUT")
+    run.folder.release()
+    assert not (tmp_path / "OUT").exists()
+
+
 def test_an_unfinished_run_is_refused(micro: Path, tmp_path: Path) -> None:
     run = Run(resolve("quickstart", micro, []), tmp_path / "run")
     with pytest.raises(InputError, match="there is no such file"):

@@ -12,7 +12,10 @@ from dpo4rec.config import resolve
 from dpo4rec.driver import Run
 from dpo4rec.errors import InputError
 
-CHAT = "{% for m in messages %}<user>{{ m.content }}</user>{% endfor %}{% if add_generation_prompt %}<answer>{% endif %}"
+CHAT = (
+    "{% if think %}<think>{% endif %}{% for m in messages %}<user>{{ m.content }}</user>{% endfor %}"
+    "{% if add_generation_prompt %}<answer>{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +42,13 @@ def test_a_folder_in_bf16_with_full_weights_and_its_own_encoder(chat_model: Path
         "encoder.max_tokens=8",
         "encoder.dimensions=128",
     ]
-    settings.append("prompt.item_request=Introduce {title} and describe its attributes.")
+    settings += ["prompt.item_request=Introduce {title} and describe its attributes.", "prompt.chat_template_arguments={think: true}"]
     run = one_round(tmp_path, micro, *settings, "alignment.weights=full", "alignment.lora_rank=16", "alignment.learning_rate=1.0e-4")
     items = pq.read_table(tmp_path / "data" / "items.parquet")["item_id"].to_pylist()
     assert pq.read_table(tmp_path / "item_texts")["user_id"].to_pylist() == items  # one text each, in their order
     assert run.folder.manifest["stages"]["item-texts"]["report"]["texts"] == len(items)
     prompt = pq.read_table(tmp_path / "prompts").to_pylist()[0]["prompt"]
-    assert prompt.startswith("<user>The user rated:")
+    assert prompt.startswith("<think><user>The user rated:")
     assert prompt.endswith("</user><answer>")
     assert (tmp_path / "round-0" / "adapter" / "model.safetensors").exists()  # full weights: the next policy is a whole model
     assert run.policy(1).source == str(tmp_path / "round-0" / "adapter")
@@ -66,6 +69,29 @@ def test_a_4_bit_model_samples_and_trains(chat_model: Path, micro: Path, tmp_pat
     run = one_round(tmp_path / "run", micro, *settings, "alignment.quantization=nf4", "alignment.precision=bf16")
     assert (tmp_path / "run" / "round-0" / "adapter" / "adapter_model.safetensors").exists()
     assert run.folder.manifest["stages"]["round-1/sample"]["report"]["texts"] > 0
+
+
+def test_what_the_model_cannot_be_told_or_adapted_by_is_refused(chat_model: Path, micro: Path, tmp_path: Path) -> None:
+    for number, (setting, cause) in enumerate(
+        [
+            ("prompt.chat_template_arguments={thinking_budget: 9}", r"chat_template_arguments.*does not read thinking_budget"),
+            ("alignment.lora_targets=[nope]", r"lora_targets.*no linear module 'nope'.*q_proj"),
+        ]
+    ):
+        run = Run(resolve("quickstart", micro, [f"llm.name={chat_model}", setting]), tmp_path / str(number))
+        with pytest.raises(InputError, match=cause):
+            run.prepare()
+        run.folder.release()
+
+
+def test_texts_of_which_none_ends_stop_the_run_at_once(chat_model: Path, micro: Path, tmp_path: Path) -> None:
+    settings = [f"llm.name={chat_model}", "pairs.format_gate=true", "sampling.decoding.max_new_tokens=1"]
+    run = Run(resolve("quickstart", micro, settings), tmp_path)
+    run.prepare()
+    with pytest.raises(InputError, match=r"round-0/sample: none of \d+ texts is well-formed.*max_new_tokens=1 need more"):
+        run.sample(0)
+    run.folder.release()
+    assert not (tmp_path / "encoder").exists()
 
 
 def test_a_missing_model_is_an_error_that_names_it(micro: Path, tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[s
                 break
         time.sleep(1)
     time.sleep(3)  # the job server answers a moment after the port is open
+    del environment["RAY_AUTH_MODE"]  # submit.py knows by the token
     yield f"http://127.0.0.1:{dashboard}", environment
     process.terminate()
     process.wait(timeout=60)

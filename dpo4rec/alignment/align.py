@@ -95,11 +95,13 @@ def _check_processes(config: AlignmentConfig) -> None:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes != config.workers:
         raise InputError(
-            "alignment.workers", f"it says {config.workers}, but {processes} processes were started", "Start as many as configured"
+            "alignment.workers",
+            f"it says {config.workers}, but {processes} processes were started",
+            "Start as many as configured: with cluster.kind=ray, or launchers/align.sh ROUND_FOLDER --num-processes N, and then go on",
         )
     if config.zero_stage and "RANK" not in os.environ:
         raise InputError(
             "alignment.zero_stage",
             "DeepSpeed needs processes that a launcher started",
-            "Use launchers/align.sh or Ray, or zero_stage: 0 in this process",
+            "Use cluster.kind=ray, or launchers/align.sh ROUND_FOLDER --zero STAGE and then go on, or zero_stage: 0 in this process",
         )

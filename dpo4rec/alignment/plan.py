@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import PositiveInt, ValidationError, model_validator
 from transformers import LlamaConfig, PreTrainedConfig
 
 from dpo4rec.alignment.config import AlignmentConfig
@@ -24,13 +24,19 @@ GIB = 2**30
 class Shape(Settings):
     """A model of Llama's architecture by its numbers."""
 
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    intermediate: int
-    vocabulary: int
+    hidden: PositiveInt
+    layers: PositiveInt
+    heads: PositiveInt
+    kv_heads: PositiveInt
+    intermediate: PositiveInt
+    vocabulary: PositiveInt
     tied: bool = False
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "Shape":
+        if self.hidden % self.heads or self.heads % self.kv_heads:
+            raise ValueError(f"hidden {self.hidden} must be a multiple of heads {self.heads}, and that of kv_heads {self.kv_heads}")
+        return self
 
     def settings(self) -> PreTrainedConfig:
         return LlamaConfig(
@@ -57,7 +63,8 @@ def read_shape(text: str) -> PreTrainedConfig:
     except ValidationError as error:
         first = error.errors()[0]
         needed = "hidden=4096,layers=32,heads=32,kv_heads=8,intermediate=14336,vocabulary=128256[,tied]"
-        raise InputError(f"--shape, {'.'.join(map(str, first['loc']))}", first["msg"], f"Write for instance {needed}") from error
+        where = ", ".join(["--shape", *map(str, first["loc"])])
+        raise InputError(where, first["msg"].removeprefix("Value error, "), f"Write for instance {needed}") from error
 
 
 def model_of(model: str | None, shape: str | None, llm: LanguageModelConfig) -> PreTrainedConfig:

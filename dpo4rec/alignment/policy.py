@@ -28,7 +28,7 @@ def load_policy(config: AlignmentConfig, model: str, initial_adapter: Path | Non
         device: where 4-bit weights are to lie (the Trainer moves the others).
 
     Raises:
-        InputError: the model or the adapter cannot be read, or the adapter is not of the configured kind.
+        InputError: the model or the adapter cannot be read, the adapter is not of the configured kind, or the model has not its modules.
     """
     base = _load_base(config, model, device)
     if config.gradient_checkpointing:
@@ -36,6 +36,7 @@ def load_policy(config: AlignmentConfig, model: str, initial_adapter: Path | Non
     if config.weights == "full":
         policy: Policy = base
     elif initial_adapter is None:
+        check_targets(config, base.config)
         policy = get_peft_model(base, new_adapter(config))
     else:
         _check_adapter(config, initial_adapter)
@@ -49,6 +50,19 @@ def load_policy(config: AlignmentConfig, model: str, initial_adapter: Path | Non
 def weights_dtype(config: AlignmentConfig) -> torch.dtype:
     """What the model is loaded in. Full weights keep float32 masters, whatever the precision."""
     return torch.bfloat16 if config.precision == "bf16" and config.weights == "lora" else torch.float32
+
+
+def check_targets(config: AlignmentConfig, settings: PreTrainedConfig) -> None:
+    """Raises `InputError` when the model of `settings` has no linear module of a name in `lora_targets`. No weights are made."""
+    if config.weights == "full" or isinstance(config.lora_targets, str):
+        return
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings)
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for target in config.lora_targets:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            known = sorted({name.rpartition(".")[2] for name in linear})
+            raise InputError("alignment.lora_targets", f"the model has no linear module {target!r}", f"It has {', '.join(known)}")
 
 
 def new_adapter(config: AlignmentConfig) -> LoraConfig:

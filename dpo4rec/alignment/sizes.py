@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from dpo4rec.alignment.config import AlignmentConfig
-from dpo4rec.alignment.policy import Policy, new_adapter, weights_dtype
+from dpo4rec.alignment.policy import Policy, check_targets, new_adapter, weights_dtype
 from dpo4rec.errors import InputError
 
 logging.getLogger(FakeTensorMode.__module__).setLevel(logging.CRITICAL)  # what fails is told by an InputError
@@ -59,8 +59,10 @@ def sizes(settings: PreTrainedConfig, config: AlignmentConfig) -> Sizes:
     Where all layers have the same parameters, models of one and of two layers are counted, and each further layer counts like the second.
 
     Raises:
-        InputError: the architecture is not a language model's, or its code does not run without numbers (some mixtures of experts).
+        InputError: the architecture is not a language model's, it lacks what `lora_targets` names, or its code does not run without numbers
+            (some mixtures of experts).
     """
+    check_targets(config, settings)
     try:
         with torch.device("meta"):
             alike, depth = _layers(AutoModelForCausalLM.from_config(settings))

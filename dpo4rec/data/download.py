@@ -57,8 +57,10 @@ def download(dataset: str, folder: Path, base_url: str = BASE_URL) -> None:
     An interrupted download goes on where it stopped (`<folder>/<dataset>.zip.part`).
 
     Raises:
-        InputError: no connection, a broken one, or an archive whose MD5 is not the published one.
+        InputError: no such data set, no connection, a broken one, or an archive whose MD5 is not the published one.
     """
+    if dataset not in FILES:
+        raise InputError(dataset, "is no data set to download", f"Known: {', '.join(FILES)}; the folder is --data")
     if all((folder / name).is_file() for name in FILES[dataset]):
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,8 @@ def prepare(config: DataConfig, seed: int, out: Path) -> dict[str, Any]:
     The first min(floor((n+1)/2), history_length) of a user's n interactions are the history; lists come from the later ones.
 
     Raises:
-        InputError: the source cannot be used, or a user is too short for a history and one list and `short_users` is "error".
+        InputError: the source cannot be used, a user is too short for a history and one list and `short_users` is "error", or in all lists
+            of a split nothing is liked.
     """
     tables = read_source(config, seed)
     log, short = _usable_users(Log.of(tables), config, seed)
@@ -31,6 +32,8 @@ def prepare(config: DataConfig, seed: int, out: Path) -> dict[str, Any]:
     popularity = np.bincount(log.item_codes[training_history], minlength=len(log.items)) + 1.0
     lists = build_lists(log, config, popularity, seed)
     users, histories = _users(tables, log, splits), _histories(log, history)
+
+    _check_labels(lists, users, config)
 
     write_parquet(_interactions(log), out / "interactions.parquet")
     write_parquet(tables.items, out / "items.parquet")
@@ -69,6 +72,14 @@ def _usable_users(log: Log, config: DataConfig, seed: int) -> tuple[Log, int]:
         cause = f"{len(usable)} users have enough interactions, and training, validation and test need one each"
         raise InputError("data", cause, "Give more interactions, or lower data.positives_per_list")
     return log.keep(sample_users(usable, config.max_users, seed)), int((~enough).sum())
+
+
+def _check_labels(lists: pa.Table, users: pa.Table, config: DataConfig) -> None:
+    liked = {user for user, labels in zip(lists["user_id"].to_pylist(), lists["labels"].to_pylist(), strict=True) if any(labels)}
+    splits = {split for user, split in zip(users["user_id"].to_pylist(), users["split"].to_pylist(), strict=True) if user in liked}
+    if lacking := [name for name in SPLITS if name not in splits]:
+        cause = f"in no list of the {lacking[0]} users is an item liked, that is, rated above {config.like_threshold:g}"
+        raise InputError("data.like_threshold", cause, "Set it below the ratings of what was liked, or give more users")
 
 
 def _interactions(log: Log) -> pa.Table:

@@ -25,6 +25,9 @@ class WriterConfig(Settings):
     def _kinds_exist(self) -> "WriterConfig":
         if unknown := set(self.kind_weights) - set(OPENINGS):
             raise ValueError(f"unknown kinds of claim {sorted(unknown)}; known: {sorted(OPENINGS)}")
+        for name, weights in (("length_weights", self.length_weights), ("kind_weights", list(self.kind_weights.values()))):
+            if min(weights, default=0) < 0 or not sum(weights):
+                raise ValueError(f"{name} must be numbers from 0, and one of them above: they are {weights}")
         return self
 
 
@@ -103,6 +106,8 @@ class PromptConfig(Settings):
     """Oldest first, or best rated first and of like ratings the oldest."""
     profile: bool = True
     """Show the user's profile where the data has one."""
+    chat_template_arguments: dict[str, bool | int | float | str] = {}
+    """What the tokenizer's chat template is told, by its own names: `{enable_thinking: false}` for a model that would think first."""
     item_request: str | None = None
     """What to ask about each item ({title} is its title), once, before the rounds; the answer joins the item's text. KAR asks: "Introduce
     movie {title} and describe its attributes including but not limited to genre, director, cast, country, character, plot/theme, mood/tone,

@@ -1,8 +1,11 @@
 """The question put to the language model: who the user is, what was watched and rated, what to write about."""
 
+from typing import Any
+
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from dpo4rec.errors import InputError
 from dpo4rec.knowledge.config import PromptConfig
 from dpo4rec.knowledge.facts import Catalogue, Item, clean
 
@@ -38,19 +41,28 @@ def describe(item: Item, rating: float) -> str:
     return f"- rated {rating:g}: {item.title}{',' if attributes else ''} {attributes}{people}".rstrip()
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> tuple[list[str], list[list[int]]]:
-    """The prompts as the model gets them (in its chat frame where the tokenizer has one) and their token ids."""
+def encode_prompts(config: PromptConfig, tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> tuple[list[str], list[list[int]]]:
+    """The prompts as the model gets them (in its chat frame where the tokenizer has one) and their token ids.
+
+    Raises:
+        InputError: the chat template is to be told something, and the tokenizer has none or does not read it.
+    """
+    told: dict[str, Any] = dict(config.chat_template_arguments)
+    if unread := sorted(name for name in told if name not in str(tokenizer.chat_template or "")):
+        cause = f"the tokenizer's chat template {'does not read' if tokenizer.chat_template else 'is missing, to read'} {', '.join(unread)}"
+        raise InputError("prompt.chat_template_arguments", cause, "Leave it out, or see the model's page for what its template reads")
     if tokenizer.chat_template:
         turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        prompts = [str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)) for turn in turns]
+        prompts = [str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, **told)) for turn in turns]
         return prompts, tokenizer(prompts, add_special_tokens=False)["input_ids"]
     return prompts, tokenizer(prompts)["input_ids"]
 
 
-def item_prompt_table(request: str, items: pa.Table, tokenizer: PreTrainedTokenizerBase) -> pa.Table:
-    """Columns user_id (the item's id: the sampler's key) and prompt_ids; one row an item. `request` holds {title}."""
+def item_prompt_table(config: PromptConfig, items: pa.Table, tokenizer: PreTrainedTokenizerBase) -> pa.Table:
+    """Columns user_id (the item's id: the sampler's key) and prompt_ids; one row an item."""
+    request = config.item_request or ""
     titles = [clean(title) for title in items["title"].to_pylist()]
-    _, ids = encode_prompts(tokenizer, [request.replace("{title}", title) for title in titles])
+    _, ids = encode_prompts(config, tokenizer, [request.replace("{title}", title) for title in titles])
     return pa.table({"user_id": items["item_id"], "prompt_ids": pa.array(ids, pa.list_(pa.int32()))})
 
 
@@ -61,5 +73,5 @@ def prompt_table(
     by_user = {row["user_id"]: row for row in histories.to_pylist()}
     rows = [user | by_user[user["user_id"]] for user in users.to_pylist()]
     texts = [compose(config, catalogue, row["profile"], row["item_ids"], row["ratings"]) for row in rows]
-    prompts, ids = encode_prompts(tokenizer, texts) if texts else ([], [])
+    prompts, ids = encode_prompts(config, tokenizer, texts) if texts else ([], [])
     return pa.table([users["user_id"], users["split"], prompts, ids], schema=PROMPTS)

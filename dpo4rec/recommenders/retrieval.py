@@ -23,15 +23,15 @@ class Retrieved:
 
 @torch.no_grad()
 def retrieve(
-    model: SequentialRecommender, data: SequenceData, users: Tensor, ends: Tensor, k: int, user_vectors: Tensor | None, seen: bool = False
+    model: SequentialRecommender, data: SequenceData, users: Tensor, ends: Tensor, k: int, user_vectors: Tensor | None
 ) -> Retrieved:
     """The k best items for each of the users [M] after what row `ends[m]` and the later ones do not tell.
 
     Args:
         user_vectors: text vectors of those users [M, D]; None without `user_text`.
-        seen: also rank what the user touched before; otherwise those items are left out, as nobody touches an item twice.
 
-    Items that nobody touched in training are left out unless their texts are read.
+    What a user touched before is left out, as nobody touches an item twice; so are items that nobody touched in training, unless their
+    texts are read.
     """
     mode = model.training
     model.eval()
@@ -45,9 +45,8 @@ def retrieve(
         scores[:, 0] = -torch.inf
         if model.item_side is None:
             scores.masked_fill_(model.warm == 0, -torch.inf)
-        if not seen:
-            places, codes = _touched(data, users[rows], ends[rows])
-            scores[places, codes] = -torch.inf
+        places, codes = _touched(data, users[rows], ends[rows])
+        scores[places, codes] = -torch.inf
         found.append(scores.topk(k))
     model.train(mode)
     place = torch.argsort(by_length)

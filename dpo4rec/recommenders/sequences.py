@@ -6,7 +6,6 @@ U users, I items, N interactions. Item code 0 is padding: item number i of `item
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
@@ -68,7 +67,3 @@ class SequenceData:
         rows = torch.arange(len(self.codes))
         owners = torch.repeat_interleave(torch.arange(len(self.user_ids)), self.starts.diff())
         return torch.bincount(self.codes[rows < self.train_ends[owners]], minlength=len(self.item_ids) + 1)
-
-    def item_column(self, codes: Tensor) -> pa.Array:
-        """The ids of item codes (none of them padding)."""
-        return pa.array(self.item_ids).take(pa.array(codes.numpy() - 1))
