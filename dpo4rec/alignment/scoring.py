@@ -134,9 +134,10 @@ class _TokenLogProbs(torch.autograd.Function):
         found = []
         for part, ids in zip(hidden.split(ctx.rows), targets.split(ctx.rows), strict=True):
             logits = functional.linear(part, weight, bias).float()
-            logits -= logits.logsumexp(1, keepdim=True)
-            found.append(logits.gather(1, ids[:, None]).squeeze(1))
-            kept = logits.exp_() if kept is None and any(ctx.needs_input_grad) else kept
+            total = logits.logsumexp(1, keepdim=True)
+            found.append((logits.gather(1, ids[:, None]) - total).squeeze(1))
+            if kept is None and any(ctx.needs_input_grad):
+                kept = logits.sub_(total).exp_()
         ctx.save_for_backward(hidden, weight, bias, targets, kept)
         return torch.cat(found)
 
