@@ -129,6 +129,11 @@ def presets() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
+def plain(config: Config) -> dict[str, Any]:
+    """As `config.yaml` of a run folder has it."""
+    return config.model_dump(mode="json")
+
+
 def resolve(preset: str | None, file: Path | None, settings: list[str]) -> Config:
     """The configuration from preset, YAML file and `key=value` settings, later ones winning.
 

@@ -22,6 +22,7 @@ from dpo4rec import __version__, files
 from dpo4rec.errors import InputError
 from dpo4rec.files import content_hash
 
+CONFIG = "config.yaml"
 PACKAGES = ("torch", "transformers", "peft", "trl", "ray", "deepspeed", "bitsandbytes", "numpy", "pyarrow", "scikit-learn")
 
 
@@ -67,15 +68,9 @@ class RunFolder:
         self._lock.close()
 
     def _keep_config(self, config: dict[str, Any], free: tuple[str, ...], completed: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-        file = self.path / "config.yaml"
+        file = self.path / CONFIG
         if file.exists():
-            differing = sorted(set(_differing(completed(read_yaml(file)), config)) - set(free))
-            if differing:
-                raise InputError(
-                    str(file),
-                    f"this run folder was made with another value of {', '.join(differing)}",
-                    "Use the same values, or another --run-dir",
-                )
+            check_config(completed(read_yaml(file)), config, free, file)
         with files.atomic(file) as partial:
             partial.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
@@ -138,6 +133,14 @@ class RunFolder:
             stream.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
+def check_config(own: dict[str, Any], config: dict[str, Any], free: tuple[str, ...], file: Path) -> None:
+    """Raises `InputError` when `own`, which stands in `file`, has another value than `config` of a key that is not in `free`."""
+    if differing := sorted(set(_differing(own, config)) - set(free)):
+        raise InputError(
+            str(file), f"this run folder was made with another value of {', '.join(differing)}", "Use the same values, or another --run-dir"
+        )
+
+
 def fork(source: Path, target: Path, without: tuple[str, ...] = ()) -> None:
     """Begins the run folder `target` with the finished stages of another run, as hard links, which cost no space (copies where the file
     system has none).
@@ -158,7 +161,7 @@ def fork(source: Path, target: Path, without: tuple[str, ...] = ()) -> None:
     with files.atomic(target) as partial:
         hidden = shutil.ignore_patterns(".*")  # locks, checkpoints, what is half written
         shutil.copytree(source, partial, copy_function=_link, ignore=hidden)
-        for own in ("config.yaml", "log.jsonl", "logs", *without):
+        for own in (CONFIG, "log.jsonl", "logs", *without):
             files.remove(partial / own)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from dpo4rec import files
 from dpo4rec.cluster.pool import Source, Step, Units, stream_units
-from dpo4rec.config import FREE, Config, config_of
+from dpo4rec.config import FREE, Config, config_of, plain
 from dpo4rec.run_folder import RunFolder
 from dpo4rec.settings import Settings
 
@@ -30,7 +30,7 @@ class Stages:
 
     def __init__(self, config: Config, path: Path, announce: Announce = lambda *_: None) -> None:
         self.config, self.announce = config, announce
-        self.folder = RunFolder(path.resolve(), config.model_dump(mode="json"), FREE, lambda own: config_of(own).model_dump(mode="json"))
+        self.folder = RunFolder(path.resolve(), plain(config), FREE, lambda own: plain(config_of(own)))
         torch.set_num_threads(config.cluster.training_threads)
 
     def stage(self, name: str, settings: Any, inputs: list[Path], outputs: list[Path], work: Callable[[], Report]) -> Report:

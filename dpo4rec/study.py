@@ -12,7 +12,7 @@ import pyarrow as pa
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from dpo4rec import files
-from dpo4rec.config import Config, recommender_of, resolve
+from dpo4rec.config import FREE, Config, config_of, plain, recommender_of, resolve
 from dpo4rec.driver import Run
 from dpo4rec.errors import InputError
 from dpo4rec.experiment import BEST_OF, Experiment
@@ -20,7 +20,7 @@ from dpo4rec.files import read_parquet
 from dpo4rec.knowledge.prompts import shown
 from dpo4rec.measure import Measurement
 from dpo4rec.recommend import Recommenders
-from dpo4rec.run_folder import fork, read_yaml
+from dpo4rec.run_folder import CONFIG, check_config, fork, read_yaml
 from dpo4rec.settings import Settings
 from dpo4rec.stages import Announce
 
@@ -71,12 +71,13 @@ class StudyConfig(Settings):
     aligned: str = Field(description="the arm that the study is about")
     ablations: dict[str, list[str]] = Field({}, description="label: what it changes of that arm")
     comparisons: list[tuple[str, str]] = Field(description="pairs of conditions: one family of tests")
+    exploratory: list[tuple[str, str]] = Field([], description="pairs thought of after test users were read: no part of the family")
     expected: dict[str, tuple[float, float]] = Field({}, description="figure: range that a repetition must find it in")
 
     @model_validator(mode="after")
     def _arms_exist(self) -> "StudyConfig":
         known = {*CONTROLS, TITLES, *self.arms, *(history(arm) for arm in self.arms)}
-        named = {self.aligned, *(name for pair in self.comparisons for name in pair)}
+        named = {self.aligned, *(name for pair in (*self.comparisons, *self.exploratory) for name in pair)}
         if unknown := sorted(named - known):
             raise ValueError(f"{unknown} are no conditions of this study; known: {sorted(known)}")
         if twice := sorted(self.arms.keys() & self.ablations):
@@ -127,6 +128,7 @@ class Study:
     ) -> None:
         self.config, self.folder, self.quick, self.announce = config, folder, quick, announce
         self.settings = [*config.settings, *(config.quick if quick else []), *settings]
+        self._compared: set[Path] = set()
         self.seeds = list(range(1 if quick else config.seeds))
         self.as_shipped = not quick and all(setting.startswith(("data.folder=", "cluster.")) for setting in settings)
         own = {"seed", *(setting.partition("=")[0] for changes in config.variants.values() for setting in changes)}
@@ -186,8 +188,18 @@ class Study:
         return resolve(self.config.preset, None, [*self.settings, *self.config.variants[label], f"seed={seed}"])
 
     def done(self, label: str, seed: int) -> bool:
-        """Whether an arm or ablation of this seed is evaluated."""
-        return (self.path(label, seed) / RESULTS).exists()
+        """Whether an arm or ablation of this seed is evaluated.
+
+        Raises:
+            InputError: it was made with other settings than the study's.
+        """
+        folder = self.path(label, seed)
+        if not (folder / RESULTS).exists():
+            return False
+        if (file := folder / CONFIG) not in self._compared:
+            check_config(plain(config_of(read_yaml(file))), plain(self.settings_of(label, seed)), (*FREE, "data.folder"), file)
+            self._compared.add(file)
+        return True
 
     def unfinished(self) -> list[int]:
         """Seeds of which some arm or ablation is not yet evaluated."""

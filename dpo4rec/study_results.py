@@ -1,8 +1,9 @@
 """What a study has found: the tables, made of every test user's values in the `evaluation` folders of the arms.
 
-Nothing else of the run folders is read, so those folders alone can be kept, and brought together from several machines.
+Beside the settings nothing else of the run folders is read, so those alone can be kept, and brought together from several machines.
 """
 
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,18 @@ from torch import Tensor
 from dpo4rec import files
 from dpo4rec.errors import InputError
 from dpo4rec.evaluation.significance import holm, paired_bootstrap
-from dpo4rec.experiment import BEST_OF
+from dpo4rec.experiment import BEST_OF, POLICIES
 from dpo4rec.files import read_parquet, stable_seed
 from dpo4rec.report.study import tables
+from dpo4rec.run_folder import CONFIG
 from dpo4rec.stages import Report
 from dpo4rec.study import ABLATED, CONTROLS, RESULTS, TITLES, Study, history
 
 METRICS = ("ndcg@5", "ndcg@10", "map@5")
+SHARED = ", shared recommender"
 PER_USER = "evaluation/per_user.parquet"
 OF_TITLES = "evaluation/frozen/per_user.parquet"
-OF_POLICIES = ("tuned text", "untuned text", "history + tuned text", "history + untuned text")
+OF_POLICIES = [label for policy in POLICIES for label in (f"{policy} text", f"history + {policy} text", f"{policy} text{SHARED}")]
 """The conditions that are read of every arm and ablation; of the first arm the controls, too."""
 Values = dict[str, dict[str, Tensor]]
 """Condition -> metric -> [seeds, users], users in the order of their ids."""
@@ -49,6 +52,7 @@ def study_results(study: Study) -> Report:
         "lists_hash": _common(study, seeds, "lists_hash"),
         "conditions": {label: _row(study, seeds, label, of) for label, of in values.items()},
         "comparisons": _comparisons(study, values),
+        "one recommender": {arm: _with_one_recommender(study, seeds, arm) for arm in study.config.arms},
         "ablations": {label: _ablation(study, label) for label in compared if study.done(label, ABLATED)},
     }
     found["figures"] = _figures(study, found)
@@ -75,14 +79,15 @@ def keep_evaluations(study: Study, folder: Path) -> None:
                 continue
             source = study.path(label, seed)
             target = folder / source.relative_to(study.folder)
-            conditions = (*CONTROLS, *OF_POLICIES) if label == study.first else OF_POLICIES
+            conditions = [*CONTROLS, *OF_POLICIES] if label == study.first else OF_POLICIES
             if label == study.first:
-                _keep_rows(source / OF_TITLES, ("titles",), target / OF_TITLES)
+                _keep_rows(source / OF_TITLES, ["titles"], target / OF_TITLES)
             _keep_rows(source / PER_USER, conditions, target / PER_USER)
+            shutil.copyfile(source / CONFIG, target / CONFIG)
             files.write_json(_of(study, label, seed), target / RESULTS)  # last: with it the arm counts as done
 
 
-def _keep_rows(source: Path, conditions: tuple[str, ...], target: Path) -> None:
+def _keep_rows(source: Path, conditions: list[str], target: Path) -> None:
     table = read_parquet(source)
     kept = table.filter(pc.is_in(table["condition"], pa.array(conditions)))
     files.write_parquet(kept.select(["user_id", "condition", *METRICS]), target)
@@ -137,26 +142,35 @@ def _row(study: Study, seeds: list[int], label: str, of: dict[str, Tensor]) -> R
 
 
 def _comparisons(study: Study, values: Values) -> list[Report]:
-    rows = []
-    for a, b in study.config.comparisons:
-        of = [values[label]["ndcg@5"] for label in (a, b)]
-        rows.append({"a": a, "b": b, **asdict(paired_bootstrap(of[0], of[1], stable_seed("study"), samples=10_000))})
-    for row, corrected in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
+    def compared(a: str, b: str) -> Report:
+        return {"a": a, "b": b, **_compared(values[a]["ndcg@5"], values[b]["ndcg@5"])}
+
+    family, others = ([compared(*pair) for pair in pairs] for pairs in (study.config.comparisons, study.config.exploratory))
+    for row, corrected in zip(family, holm([row["p_value"] for row in family]), strict=True):
         row["p_value_holm"] = corrected
-    return rows
+    return [*family, *others]
+
+
+def _with_one_recommender(study: Study, seeds: list[int], arm: str) -> Report:
+    """An arm's tuned and untuned text, both ranked by recommenders that were fitted on the texts of both."""
+    own = [_per_user(study.path(arm, seed) / PER_USER) for seed in seeds]
+    tuned, untuned = (torch.stack([of[f"{policy} text{SHARED}"]["ndcg@5"] for of in own]) for policy in ("tuned", "untuned"))
+    return _means_and_difference(tuned, untuned)
 
 
 def _ablation(study: Study, label: str) -> Report:
     """NDCG@5 of a variant's tuned and untuned text, of one seed, and their difference over users; the same beside a history."""
     own = _per_user(study.path(label, ABLATED) / PER_USER)
-    return _difference(own, "tuned text", "untuned text") | {
-        "beside a history": _difference(own, "history + tuned text", "history + untuned text")
-    }
+
+    def compared(before: str) -> Report:
+        return _means_and_difference(*(own[f"{before}{policy} text"]["ndcg@5"] for policy in ("tuned", "untuned")))
+
+    return compared("") | {"beside a history": compared("history + ")}
 
 
 def _figures(study: Study, found: Report) -> dict[str, float]:
     aligned, conditions = study.config.aligned, found["conditions"]
-    p_values = {(row["a"], row["b"]): row["p_value_holm"] for row in found["comparisons"]}
+    p_values = {(row["a"], row["b"]): row["p_value_holm"] for row in found["comparisons"] if "p_value_holm" in row}
 
     def gain(label: str, over: str) -> float:
         return conditions[label]["ndcg@5"] - conditions[over]["ndcg@5"]
@@ -180,10 +194,12 @@ def _unexpected(study: Study, figures: dict[str, float]) -> dict[str, Report]:
     return {name: {"found": figures[name], "expected": list(of)} for name, of in ranges.items() if not of[0] <= figures[name] <= of[1]}
 
 
-def _difference(own: dict[str, dict[str, Tensor]], tuned_label: str, untuned_label: str) -> Report:
-    tuned, untuned = (own[label]["ndcg@5"] for label in (tuned_label, untuned_label))
-    means = {"tuned": float(tuned.nanmean()), "untuned": float(untuned.nanmean())}
-    return means | asdict(paired_bootstrap(tuned, untuned, stable_seed("study"), samples=10_000))
+def _means_and_difference(tuned: Tensor, untuned: Tensor) -> Report:
+    return {"tuned": float(tuned.nanmean()), "untuned": float(untuned.nanmean()), **_compared(tuned, untuned)}
+
+
+def _compared(a: Tensor, b: Tensor) -> Report:
+    return asdict(paired_bootstrap(a, b, stable_seed("study"), samples=10_000))
 
 
 def _per_user(file: Path) -> dict[str, dict[str, Tensor]]:

@@ -23,7 +23,7 @@ from dpo4rec.preference.best_of import best_by_other_half
 from dpo4rec.preference.config import RewardConfig
 from dpo4rec.report.study import tables
 from dpo4rec.run_folder import fork, stage_key
-from dpo4rec.study import Study, StudyConfig, load_study
+from dpo4rec.study import RESULTS, Study, StudyConfig, load_study
 from dpo4rec.study_results import keep_evaluations, study_results
 
 ARMS = {"aligned": [], "at random": ["pairs.orientation=random"]}
@@ -38,7 +38,8 @@ STUDY = {
     "arms": ARMS,
     "aligned": "aligned",
     "ablations": ABLATIONS,
-    "comparisons": [["aligned", "untuned text"], ["history + aligned", "history + untuned text"], ["aligned", "at random"]],
+    "comparisons": [["aligned", "untuned text"], ["history + aligned", "history + untuned text"]],
+    "exploratory": [["aligned", "at random"]],
     "expected": {"well_formed_rate": [-1, -0.5]},
 }
 
@@ -76,7 +77,11 @@ def test_a_study_measures_arms_and_controls_over_its_seeds(finished: tuple[Path,
     assert {*conditions["best of the untuned texts"]["temperatures"]} <= {0.7, 1.0}
     chosen = pq.read_table(root / "out" / "seed-0" / "aligned" / "evaluation" / "best_of.parquet")
     assert 1 <= chosen.group_by("user_id").aggregate([("sample", "count")])["sample_count"].to_numpy().max() <= 2  # one a half of the lists
-    assert [row["p_value"] <= row["p_value_holm"] for row in results["comparisons"]] == [True] * 3
+    assert [row["p_value"] <= row["p_value_holm"] for row in results["comparisons"][:-1]] == [True] * 2
+    assert "p_value_holm" not in results["comparisons"][-1]
+    shared = results["one recommender"]["at random"]
+    of_runs = [json.loads((root / "out" / f"seed-{seed}" / "at-random" / RESULTS).read_text())["metrics"] for seed in (0, 1)]
+    assert shared["tuned"] == pytest.approx(sum(of["tuned text, shared recommender"]["ndcg@5"] for of in of_runs) / 2, abs=1e-6)
     assert "about 5 minutes" in said
     assert results["ablations"].keys() == {"aligned", "beta 1"}
     alone, beside = results["ablations"]["aligned"], results["ablations"]["aligned"]["beside a history"]
@@ -92,7 +97,9 @@ def test_a_study_measures_arms_and_controls_over_its_seeds(finished: tuple[Path,
     assert pairs[0] == pairs[1]
     assert adapters[0] != adapters[1]
     assert "unexpected: well_formed_rate" in said
-    assert "| aligned - untuned text |" in (root / "out" / "results.md").read_text()
+    page = (root / "out" / "results.md").read_text()
+    assert re.search(r"^\| aligned - untuned text \|.* \d\.\d{4} \|$", page, re.MULTILINE)
+    assert re.search(r"^\| aligned - at random \|.* exploratory \|$", page, re.MULTILINE)
 
 
 def test_arms_share_what_they_have_in_common_and_seeds_their_users(finished: tuple[Path, str, list[str]]) -> None:
@@ -153,6 +160,7 @@ def test_an_arm_that_was_interrupted_is_not_taken_for_the_one_it_began_as(
     so_far = study_results(work)
     assert (so_far["seeds"], so_far["of_seeds"], so_far["unexpected"]) == (1, 2, {})  # what is expected is of both seeds
     assert "Seeds of the whole loop: 1 of 2." in tables(so_far)
+    assert "Of one run" in tables(so_far)
     of_both = json.loads((root / "out" / "results.json").read_text())
     assert so_far["conditions"]["aligned"]["ndcg@5"] != of_both["conditions"]["aligned"]["ndcg@5"]
     shutil.rmtree(tmp_path / "out" / "seed-0" / "at-random")
@@ -170,12 +178,18 @@ def test_the_evaluations_that_were_kept_make_the_same_tables(
         shutil.copytree(root / "out" / f"seed-{seed}", part / f"seed-{seed}")
         keep_evaluations(Study(load_study("micro"), part, []), tmp_path / "kept")
     kept = [path for path in (tmp_path / "kept").rglob("*") if path.is_file()]
-    assert {path.suffix for path in kept} == {".json", ".parquet"}
-    assert len(kept) == 2 * (3 + 2) + 2  # of the first arm the titles, too; the ablation of one seed
+    assert {path.suffix for path in kept} == {".json", ".parquet", ".yaml"}
+    assert len(kept) == 2 * (4 + 3) + 3  # of the first arm the titles, too; the ablation of one seed
     again = CliRunner().invoke(app, [*options[:-1], str(tmp_path / "kept")])
     assert "0 of 2 seeds" in again.output
     assert json.loads((tmp_path / "kept" / "results.json").read_text()) == study_results(Study(load_study("micro"), root / "out", []))
     assert (tmp_path / "kept" / "results.md").read_text() == (root / "out" / "results.md").read_text()
+    own = tmp_path / "kept" / "seed-1" / "at-random" / "config.yaml"
+    own.write_text(own.read_text().replace("beta: 0.1", "beta: 0.2"))
+    mixed = CliRunner().invoke(app, [*options[:-1], str(tmp_path / "kept")])
+    assert mixed.exit_code == 2
+    assert "at-random/config.yaml" in mixed.output.replace("\n", "")
+    assert "alignment.beta" in mixed.output
 
 
 def test_studies_say_what_they_lack(tmp_path: Path) -> None:
@@ -235,6 +249,8 @@ def test_bootstrap_over_runs_is_wider_where_runs_differ() -> None:
     assert narrow.difference == pytest.approx(wide.difference, abs=1e-6)
     assert narrow.p_value < 0.01 < 0.3 < wide.p_value
     assert wide.high - wide.low > 3 * (narrow.high - narrow.low)
+    two = paired_bootstrap(torch.tensor([[0.1, 0.1], [0.3, 0.3]]), torch.zeros(2, 2), seed=0)
+    assert (two.low, two.high) == (pytest.approx(0.1), pytest.approx(0.3))  # one of two is drawn: the variance of a mean of both
     users_apart = zero.clone()
     users_apart[0, 3] = torch.nan
     with pytest.raises(InputError, match="other users"):

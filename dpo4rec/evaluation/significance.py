@@ -27,7 +27,9 @@ def paired_bootstrap(a: Tensor, b: Tensor, seed: int, samples: int = 10_000) -> 
     """Compares two systems by their values on the same users, a and b [U]; users with NaN in either are left out.
 
     With values of several independent runs of the whole method, a and b [R, U], the systems of a run being compared on the same users, runs
-    are drawn with replacement as users are, so that the interval is of what another run with other users would show.
+    are drawn with replacement as users are, so that the interval is of what another run with other users would show. Of R runs R - 1 are
+    drawn: R would make the part of the variance that runs have too small by (R - 1) / R, a fifth of it for five (Rao and Wu, JASA 1988).
+    Values of one run say nothing of another.
 
     The interval is the percentile interval of the resampled mean differences. The p-value shifts their distribution to the null
     of no difference (Efron and Tibshirani 1993, section 16.4; Smucker et al., CIKM 2007): the share of resamples at least as far from
@@ -51,8 +53,14 @@ def _resampled(differences: np.ndarray, generator: np.random.Generator, size: in
     """Means [size] of resamples of the users, and of the runs where there are several."""
     if differences.ndim == 1:
         return differences[generator.integers(len(differences), size=(size, len(differences)))].mean(1)
-    runs, users = (generator.multinomial(count, np.full(count, 1 / count), size) / count for count in differences.shape)
+    of_runs, of_users = differences.shape
+    runs, users = _shares(generator, max(1, of_runs - 1), of_runs, size), _shares(generator, of_users, of_users, size)
     return ((runs @ differences) * users).sum(1)
+
+
+def _shares(generator: np.random.Generator, drawn: int, of: int, size: int) -> np.ndarray:
+    """How much each of `of` weighs [size, of] where so many are drawn with replacement."""
+    return generator.multinomial(drawn, np.full(of, 1 / of), size) / drawn
 
 
 def wilcoxon(a: Tensor, b: Tensor) -> float:

@@ -8,9 +8,11 @@ TEXTS = {"well_formed": "well-formed", "distinct": "distinct", "grounded": "grou
 
 
 def tables(results: dict[str, Any]) -> str:
-    """Conditions with the standard deviation over seeds, comparisons, ablations, and the figures."""
+    """Conditions with the standard deviation over seeds, comparisons, the same of arms with one recommender, ablations, and the figures."""
     seeds = f"{results['seeds']} of {results['of_seeds']}" if results["seeds"] < results["of_seeds"] else results["seeds"]
     heading = f"Test users: {results['test_users']}. Seeds of the whole loop: {seeds}. Lists: `{results['lists_hash']}`."
+    if results["seeds"] == 1:
+        heading += " Of one run, intervals and p-values are over its users alone: another run may differ by more."
     conditions = [["condition", *(metric.upper() for metric in METRICS), *TEXTS.values(), "temperatures"]]
     for label, of in results["conditions"].items():
         texts = of.get("texts", {})
@@ -19,13 +21,20 @@ def tables(results: dict[str, Any]) -> str:
         )
     comparisons = [["difference in NDCG@5", "mean", "95 % interval", "p", "p (Holm)"]]
     for row in results["comparisons"]:
-        comparisons.append([f"{row['a']} - {row['b']}", *_difference(row), f"{row['p_value_holm']:.4f}"])
+        comparisons.append(
+            [f"{row['a']} - {row['b']}", *_difference(row), f"{row['p_value_holm']:.4f}" if "p_value_holm" in row else "exploratory"]
+        )
+    shared = [["one recommender for both", "tuned", "untuned", "mean", "95 % interval", "p"]]
+    shared += [[arm, *_means(row), *_difference(row)] for arm, row in results["one recommender"].items()]
     ablations = [["variant, one seed", "tuned", "untuned", "mean", "95 % interval", "p", "beside a history: mean", "95 % interval", "p"]]
     for label, row in results["ablations"].items():
-        means = [f"{row['tuned']:.4f}", f"{row['untuned']:.4f}"]
-        ablations.append([label, *means, *_difference(row), *_difference(row["beside a history"])])
+        ablations.append([label, *_means(row), *_difference(row), *_difference(row["beside a history"])])
     figures = [["figure", "value"], *([name, f"{value:g}"] for name, value in results["figures"].items())]
-    return "\n\n".join([heading, _markdown(conditions), _markdown(comparisons), _markdown(ablations), _markdown(figures)]) + "\n"
+    return "\n\n".join([heading, *(_markdown(table) for table in (conditions, comparisons, shared, ablations, figures))]) + "\n"
+
+
+def _means(row: dict[str, Any]) -> list[str]:
+    return [f"{row['tuned']:.4f}", f"{row['untuned']:.4f}"]
 
 
 def _difference(row: dict[str, Any]) -> list[str]:
