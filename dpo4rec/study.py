@@ -144,15 +144,16 @@ class Study:
         return next(iter(self.config.arms))
 
     def run(self, seeds: list[int], started: Callable[[str], None] = lambda _: None) -> None:
-        """All arms of these seeds, and the ablations, that are not done. `started` is told what of which seed begins."""
-        for seed in seeds:
-            for label in self.variants_of(seed):
-                if not self.done(label, seed):
-                    started(f"seed {seed}: {label}")
-                    self._run_variant(label, seed)
+        """All arms of these seeds, and then the ablations, that are not done. `started` is told what of which seed begins."""
+        variants = [(label, seed) for seed in seeds for label in self.config.arms]
+        variants += [(label, ABLATED) for label in self.config.ablations if ABLATED in seeds]
+        for label, seed in variants:
+            if not self.done(label, seed):
+                started(f"seed {seed}: {label}")
+                self._run_variant(label, seed)
 
     def variants_of(self, seed: int) -> list[str]:
-        """What is run of a seed, in this order."""
+        """What is run of a seed."""
         return list(self.config.variants if seed == ABLATED else self.config.arms)
 
     def _run_variant(self, label: str, seed: int) -> None:

@@ -83,6 +83,8 @@ def test_a_study_measures_arms_and_controls_over_its_seeds(finished: tuple[Path,
     of_runs = [json.loads((root / "out" / f"seed-{seed}" / "at-random" / RESULTS).read_text())["metrics"] for seed in (0, 1)]
     assert shared["tuned"] == pytest.approx(sum(of["tuned text, shared recommender"]["ndcg@5"] for of in of_runs) / 2, abs=1e-6)
     assert "about 5 minutes" in said
+    begun = re.findall(r"^seed \d: .*", said, re.MULTILINE)
+    assert begun == [*(f"seed {seed}: {arm}" for seed in (0, 1) for arm in ARMS), "seed 0: beta 1"]
     assert results["ablations"].keys() == {"aligned", "beta 1"}
     alone, beside = results["ablations"]["aligned"], results["ablations"]["aligned"]["beside a history"]
     assert alone["tuned"] - alone["untuned"] == pytest.approx(alone["difference"], abs=1e-6)
