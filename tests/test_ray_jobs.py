@@ -46,11 +46,15 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[s
                 break
         time.sleep(1)
     time.sleep(3)  # the job server answers a moment after the port is open
-    del environment["RAY_AUTH_MODE"]  # submit.py knows by the token
     yield f"http://127.0.0.1:{dashboard}", environment
     process.terminate()
     process.wait(timeout=60)
-    shutil.rmtree(own)
+    shutil.rmtree(own, ignore_errors=True)  # processes of the head may still write there for a moment
+
+
+def with_token(environment: dict[str, str]) -> dict[str, str]:
+    """As of somebody who has set the token and nothing else: `submit.py` knows what to do with it."""
+    return {name: value for name, value in environment.items() if name != "RAY_AUTH_MODE"}
 
 
 def start(head: tuple[str, dict[str, str]], log: Path, *options: str, runtime_env: Path | None = None) -> subprocess.Popen[str]:
@@ -60,13 +64,15 @@ def start(head: tuple[str, dict[str, str]], log: Path, *options: str, runtime_en
     script = [sys.executable, str(ROOT / "ray_jobs" / "submit.py"), "--address", address, *given, "--", *options]
     # tests may themselves run where Ctrl-C is ignored (in the background of a script), and a child would inherit that
     heed_interrupts = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen(script, stdout=log.open("w"), stderr=subprocess.STDOUT, text=True, env=environment, preexec_fn=heed_interrupts)
+    return subprocess.Popen(
+        script, stdout=log.open("w"), stderr=subprocess.STDOUT, text=True, env=with_token(environment), preexec_fn=heed_interrupts
+    )
 
 
 def submit(head: tuple[str, dict[str, str]], *options: str) -> subprocess.CompletedProcess[str]:
     address, environment = head
     script = [sys.executable, str(ROOT / "ray_jobs" / "submit.py"), "--address", address, "--", *options]
-    return subprocess.run(script, capture_output=True, text=True, env=environment, timeout=900)
+    return subprocess.run(script, capture_output=True, text=True, env=with_token(environment), timeout=900)
 
 
 def refused(*arguments: str) -> str:
