@@ -78,13 +78,9 @@ def run(
         from dpo4rec.preflight import asked
 
         check(asked(resolved, folder))
-    from dpo4rec.experiment import Experiment
-    from dpo4rec.report.table import print_results
-
     with _open(resolved, folder) as job:
         job.rounds()
-        results = Experiment(job).evaluate()
-    print_results(results)
+        _evaluate_rounds(job)
     typer.echo(f"Run folder: {folder}")
 
 
@@ -197,17 +193,16 @@ def fit(
 @guarded
 def evaluate(run_dir: RunDir, cluster: Cluster = None, set_: Settings = None) -> None:
     """Evaluate what a run folder holds, with all controls, and print the tables: its rounds, and what `fit --model` has fitted."""
-    from dpo4rec.experiment import Experiment
     from dpo4rec.measure import Measurement
     from dpo4rec.recommend import Recommenders
-    from dpo4rec.report.table import print_measured, print_results
+    from dpo4rec.report.table import print_measured
 
     with _open(_resolved(run_dir, None, None, None, cluster, set_), run_dir) as job:
         measurement = Measurement(Recommenders(job))
         protocols = measurement.protocols()
         if (run_dir / "round-0" / "samples").is_dir() or not (protocols or measurement.unfinished):
             job.sample(job.config.rounds)
-            print_results(Experiment(job).evaluate())
+            _evaluate_rounds(job)
         for protocol, fits in protocols.items():
             print_measured(protocol, measurement.measure(protocol, fits))
         if measurement.unfinished:
@@ -391,6 +386,16 @@ def _open(config: "Config", folder: Path) -> "Iterator[Run]":
         job.folder.release()
     finally:
         display.close()
+
+
+def _evaluate_rounds(job: "Run") -> None:
+    from dpo4rec.experiment import Experiment
+    from dpo4rec.report.page import write_report
+    from dpo4rec.report.table import print_results
+
+    experiment = Experiment(job)
+    print_results(experiment.evaluate())
+    typer.echo(f"Report: {write_report(experiment)}")
 
 
 def _print_plan(config: "Config") -> None:
