@@ -179,7 +179,7 @@ def test_the_command_prints_parts_and_time(folder: str, tmp_path: Path) -> None:
         (["--shape", SHAPE.replace("heads=8", "heads=0")], "--shape, heads: Input should be greater than 0"),
         (["--shape", SHAPE.replace("heads=8", "heads=3")], "multiple of heads 3"),
         (["--shape", SHAPE, "--answer-tokens", "2000"], "2000 tokens leave no room"),
-        (["--shape", SHAPE, "--set", "alignment.lora_targets=[q_proj, nope]"], "no linear module 'nope'"),
+        (["--shape", SHAPE, "--set", "alignment.lora_targets=[q_proj, nope]"], "no module 'nope'"),
         (["--shape", SHAPE, "--measured", "."], "cannot be read"),
         (["--shape", SHAPE, "--model", "somewhere"], "Give one of them"),
         ([], "Give --model or --shape"),

@@ -53,16 +53,16 @@ def weights_dtype(config: AlignmentConfig) -> torch.dtype:
 
 
 def check_targets(config: AlignmentConfig, settings: PreTrainedConfig) -> None:
-    """Raises `InputError` when the model of `settings` has no linear module of a name in `lora_targets`. No weights are made."""
+    """Raises `InputError` when the model of `settings` has no module of a name in `lora_targets`. No weights are made."""
     if config.weights == "full" or isinstance(config.lora_targets, str):
         return
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings)
-    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    matrices = {name.removesuffix(".weight") for name, parameter in model.named_parameters() if parameter.dim() > 1}
     for target in config.lora_targets:
-        if not any(name == target or name.endswith(f".{target}") for name in linear):
-            known = sorted({name.rpartition(".")[2] for name in linear})
-            raise InputError("alignment.lora_targets", f"the model has no linear module {target!r}", f"It has {', '.join(known)}")
+        if not any(name == target or name.endswith(f".{target}") for name in matrices):
+            known = sorted({name.rpartition(".")[2] for name in matrices})
+            raise InputError("alignment.lora_targets", f"the model has no module {target!r}", f"It has {', '.join(known)}")
 
 
 def new_adapter(config: AlignmentConfig) -> LoraConfig:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from dpo4rec.data.config import DataConfig
 from dpo4rec.data.lists import build_lists, count_cold, lists_hash
@@ -33,7 +34,8 @@ def prepare(config: DataConfig, seed: int, out: Path) -> dict[str, Any]:
     lists = build_lists(log, config, popularity, seed)
     users, histories = _users(tables, log, splits), _histories(log, history)
 
-    _check_labels(lists, users, config)
+    liked = _with_a_positive(lists)
+    _check_likes(liked, users, config)
 
     write_parquet(_interactions(log), out / "interactions.parquet")
     write_parquet(tables.items, out / "items.parquet")
@@ -49,7 +51,7 @@ def prepare(config: DataConfig, seed: int, out: Path) -> dict[str, Any]:
         "items": len(log.items),
         "interactions": len(log.item_codes),
         "lists": lists.num_rows,
-        "lists_with_a_positive": sum(any(labels) for labels in lists["labels"].to_pylist()),
+        "lists_with_a_positive": len(liked),
         **count_cold(lists, histories, users),
         "dropped_users": {"too_few_interactions": short, "beyond_max_users": tables.users.num_rows - short - len(log.users)},
         "lists_hash": lists_hash(lists),
@@ -74,9 +76,14 @@ def _usable_users(log: Log, config: DataConfig, seed: int) -> tuple[Log, int]:
     return log.keep(sample_users(usable, config.max_users, seed)), int((~enough).sum())
 
 
-def _check_labels(lists: pa.Table, users: pa.Table, config: DataConfig) -> None:
-    liked = {user for user, labels in zip(lists["user_id"].to_pylist(), lists["labels"].to_pylist(), strict=True) if any(labels)}
-    splits = {split for user, split in zip(users["user_id"].to_pylist(), users["split"].to_pylist(), strict=True) if user in liked}
+def _with_a_positive(lists: pa.Table) -> pa.ChunkedArray:
+    """The user of each list in which something is liked."""
+    places = pc.list_parent_indices(lists["labels"]).filter(pc.greater(pc.list_flatten(lists["labels"]), 0))
+    return lists["user_id"].take(pc.unique(places))
+
+
+def _check_likes(liked: pa.ChunkedArray, users: pa.Table, config: DataConfig) -> None:
+    splits = users.filter(pc.is_in(users["user_id"], liked.combine_chunks()))["split"].unique().to_pylist()
     if lacking := [name for name in SPLITS if name not in splits]:
         cause = f"in no list of the {lacking[0]} users is an item liked, that is, rated above {config.like_threshold:g}"
         raise InputError("data.like_threshold", cause, "Set it below the ratings of what was liked, or give more users")

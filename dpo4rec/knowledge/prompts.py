@@ -49,7 +49,8 @@ def encode_prompts(config: PromptConfig, tokenizer: PreTrainedTokenizerBase, pro
     """
     told: dict[str, Any] = dict(config.chat_template_arguments)
     if unread := sorted(name for name in told if name not in str(tokenizer.chat_template or "")):
-        cause = f"the tokenizer's chat template {'does not read' if tokenizer.chat_template else 'is missing, to read'} {', '.join(unread)}"
+        template = "the tokenizer's chat template" if tokenizer.chat_template else "the tokenizer, which has no chat template,"
+        cause = f"{template} does not read {', '.join(unread)}"
         raise InputError("prompt.chat_template_arguments", cause, "Leave it out, or see the model's page for what its template reads")
     if tokenizer.chat_template:
         turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
