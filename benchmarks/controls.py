@@ -18,7 +18,7 @@ import torch
 from benchmarks.record import record
 from dpo4rec.config import recommender_of, resolve
 from dpo4rec.driver import Run
-from dpo4rec.evaluation.significance import holm, paired_bootstrap
+from dpo4rec.evaluation.significance import correct, paired_bootstrap
 from dpo4rec.files import read_json, read_parquet, stable_seed, write_parquet
 from dpo4rec.knowledge.user_texts import read_user_texts
 from dpo4rec.measure import Measurement
@@ -95,8 +95,7 @@ def comparisons(per_user: Path, protocol: str, compared: Pairs) -> list[dict[str
             if all(name in values for name in names):
                 pair = [torch.tensor(values[name].to_numpy()) for name in names]
                 rows.append({"model": model, "a": a, "b": b, **vars(paired_bootstrap(*pair, seed=0))})
-    for row, corrected in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
-        row["p_value_holm"] = corrected
+    correct(rows, "p_value")
     return rows
 
 

@@ -27,7 +27,7 @@ from dpo4rec.data.schema import codes_of
 from dpo4rec.data.sources import read_source
 from dpo4rec.data.splits import SPLITS, Log, split_users
 from dpo4rec.evaluation.metrics import accuracy, per_user
-from dpo4rec.evaluation.significance import holm, paired_bootstrap
+from dpo4rec.evaluation.significance import correct, paired_bootstrap
 from dpo4rec.files import read_json, read_parquet, stable_seed, write_json, write_parquet
 from dpo4rec.fits import FitFolder, FitOptions
 from dpo4rec.knowledge.encoders import EncoderWorkerConfig
@@ -196,8 +196,7 @@ def main() -> int:
     source = Lists(data)
     values = {name: values_of(source, made) for name, made in fitted.items()}
     rows = [{"a": a, "b": b, **vars(paired_bootstrap(values[a][METRIC], values[b][METRIC], seed=0))} for a, b in COMPARED]
-    for row, corrected in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
-        row["p_value_holm"] = corrected
+    correct(rows, "p_value")
     figures = {f"{METRIC} {name}": round(float(of[METRIC].nanmean()), 4) for name, of in values.items()}
     figures |= {f"{row['a']} - {row['b']}": round(row["difference"], 4) for row in rows}
     metrics = {name: {metric: float(value.nanmean()) for metric, value in of.items()} for name, of in values.items()}

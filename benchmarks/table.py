@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from dpo4rec.evaluation.significance import holm
 from dpo4rec.files import read_json
 from dpo4rec.report.study import tables
 
@@ -50,11 +51,11 @@ def result_table(results: dict[str, Any]) -> str:
     """A run's metrics by condition, and its comparisons, as Markdown."""
     lines = ["| condition | " + " | ".join(name.upper() for name in SHOWN) + " |", "|---|" + "---|" * len(SHOWN)]
     lines += [f"| {label} | " + " | ".join(f"{values[name]:.4f}" for name in SHOWN) + " |" for label, values in results["metrics"].items()]
-    lines += ["", "| difference in NDCG@5 | mean [95 % interval] | p |", "|---|---|---|"]
-    for row in results["comparisons"]:
-        if row["metric"] == "ndcg@5":
-            interval = f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
-            lines.append(f"| {row['a']} − {row['b']} | {interval} | {row['p_value']:.4f} |")
+    lines += ["", "| difference in NDCG@5 | mean [95 % interval] | p | p (Holm) |", "|---|---|---|---|"]
+    rows = [row for row in results["comparisons"] if row["metric"] == "ndcg@5"]
+    for row, corrected in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
+        interval = f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
+        lines.append(f"| {row['a']} − {row['b']} | {interval} | {row['p_value']:.4f} | {corrected:.4f} |")
     return "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from dpo4rec import files
 from dpo4rec.driver import Run, left_out
 from dpo4rec.evaluation.metrics import accuracy, per_user, ranked_labels
-from dpo4rec.evaluation.significance import paired_bootstrap
+from dpo4rec.evaluation.significance import correct, paired_bootstrap
 from dpo4rec.files import stable_seed
 from dpo4rec.preference.best_of import best_by_other_half
 from dpo4rec.recommenders.fitter import FitJob, user_vectors_of
@@ -194,7 +194,7 @@ class Experiment:
                 "seeds": self.config.evaluation.seeds,
                 "temperatures": files.read_json(self.folder / "temperatures.json"),
                 "metrics": {label: {name: float(value.nanmean()) for name, value in of.items()} for label, of in values.items()},
-                "comparisons": [self._compare(values, a, b, metric) for a, b in COMPARISONS for metric in ("ndcg@5", "map@5")],
+                "comparisons": [row for metric in ("ndcg@5", "map@5") for row in self._comparisons(values, metric)],
                 "texts": {policy: self.run.describe(samples) for policy, samples in texts.items()},
                 "rewards": self._reward_reports(),
             }
@@ -267,10 +267,13 @@ class Experiment:
             for text in range(1 if vectors is None else vectors.shape[1]):
                 yield logits_of(model, data, lists, None if vectors is None else vectors[owners, text])
 
-    def _compare(self, values: dict[str, dict[str, Tensor]], a: str, b: str, metric: str) -> Report:
+    def _comparisons(self, values: dict[str, dict[str, Tensor]], metric: str) -> list[Report]:
+        """`COMPARISONS` by one metric, p-values corrected over them (Holm)."""
         samples, seed = self.config.evaluation.bootstrap_samples, stable_seed(self.config.seed, "bootstrap")
-        comparison = paired_bootstrap(values[a][metric], values[b][metric], seed, samples)
-        return {"a": a, "b": b, "metric": metric, **asdict(comparison)}
+        compared = {(a, b): paired_bootstrap(values[a][metric], values[b][metric], seed, samples) for a, b in COMPARISONS}
+        rows = [{"a": a, "b": b, "metric": metric, **asdict(found)} for (a, b), found in compared.items()]
+        correct(rows, "p_value")
+        return rows
 
     def _write_per_user(self, values: dict[str, dict[str, Tensor]]) -> None:
         rows = []

@@ -13,7 +13,7 @@ from torch import Tensor
 from dpo4rec import files
 from dpo4rec.evaluation.beyond_accuracy import beyond_accuracy
 from dpo4rec.evaluation.metrics import accuracy, per_user
-from dpo4rec.evaluation.significance import holm, paired_bootstrap, wilcoxon
+from dpo4rec.evaluation.significance import correct, paired_bootstrap, wilcoxon
 from dpo4rec.evaluation.trec import rankings_of, write_qrels, write_run
 from dpo4rec.files import stable_seed
 from dpo4rec.fits import PROTOCOLS, FitFolder, Protocol
@@ -113,9 +113,7 @@ class Measurement:
             pair = of[COMPARED], base[COMPARED]
             found = {**vars(paired_bootstrap(*pair, seed, samples)), "wilcoxon_p_value": wilcoxon(*pair)}
             rows.append({"a": name, "b": control, "metric": COMPARED, **found})
-        for key in ("p_value", "wilcoxon_p_value"):
-            for row, corrected in zip(rows, holm([row[key] for row in rows]), strict=True):
-                row[f"{key}_holm"] = corrected
+        correct(rows, "p_value", "wilcoxon_p_value")
         return rows
 
     def _write_per_user(self, values: dict[str, dict[str, Tensor]], source: Catalogue | Lists, protocol: Protocol) -> None:

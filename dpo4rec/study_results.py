@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dpo4rec import files
 from dpo4rec.errors import InputError
-from dpo4rec.evaluation.significance import holm, paired_bootstrap
+from dpo4rec.evaluation.significance import correct, paired_bootstrap
 from dpo4rec.experiment import BEST_OF, POLICIES
 from dpo4rec.files import read_parquet, stable_seed
 from dpo4rec.report.study import tables
@@ -146,8 +146,7 @@ def _comparisons(study: Study, values: Values) -> list[Report]:
         return {"a": a, "b": b, **_compared(values[a]["ndcg@5"], values[b]["ndcg@5"])}
 
     family, others = ([compared(*pair) for pair in pairs] for pairs in (study.config.comparisons, study.config.exploratory))
-    for row, corrected in zip(family, holm([row["p_value"] for row in family]), strict=True):
-        row["p_value_holm"] = corrected
+    correct(family, "p_value")
     return [*family, *others]
 
 

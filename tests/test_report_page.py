@@ -62,7 +62,7 @@ def test_the_page_holds_conditions_comparisons_texts_and_settings(folder: Path) 
     for condition in CONDITIONS:
         assert f"{results['metrics'][condition.label]['ndcg@5']:.4f}" in page.words[page.words.index(condition.label) :][:8]
     row = next(row for row in results["comparisons"] if (row["a"], row["b"], row["metric"]) == ("tuned text", "untuned text", "ndcg@5"))
-    assert f"{row['difference']:+.4f}, p = {row['p_value']:.4f}" in page.words
+    assert f"{row['difference']:+.4f}, p = {row['p_value']:.4f}, corrected {row['p_value_holm']:.4f}" in page.words
     assert sum(word.startswith("user ") for word in page.words) == EXAMPLES
     assert page.tags.count("circle") == sum(row["metric"] == "ndcg@5" for row in results["comparisons"])
     assert "script" not in page.tags

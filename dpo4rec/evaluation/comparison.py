@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from dpo4rec.errors import InputError
-from dpo4rec.evaluation.significance import holm, paired_bootstrap, wilcoxon
+from dpo4rec.evaluation.significance import correct, paired_bootstrap, wilcoxon
 from dpo4rec.files import corrupted, missing, read_json, read_parquet
 
 DEFAULT_METRICS = ("ndcg@10", "ndcg@5")
@@ -88,9 +88,7 @@ def compare(
         for name, of_protocol in pairs.items():
             if all(metric in of.metrics for of in both[name]):  # otherwise another protocol has it
                 rows += [{"protocol": name, **_row(*both[name], pair, metric, seed, samples)} for pair in of_protocol]
-    for p_value in ("p_value", "wilcoxon_p_value"):
-        for row, corrected in zip(rows, holm([row[p_value] for row in rows]), strict=True):
-            row[f"{p_value}_holm"] = corrected
+    correct(rows, "p_value", "wilcoxon_p_value")
     return rows
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -90,6 +91,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
     corrected = np.empty(len(order))
     corrected[order] = np.minimum(np.maximum.accumulate(steps), 1)
     return corrected.tolist()
+
+
+def correct(rows: Sequence[dict[str, Any]], *names: str) -> None:
+    """Adds to each row `<name>_holm`, the p-value `name` corrected over all the rows, which are one family."""
+    for name in names:
+        for row, corrected in zip(rows, holm([row[name] for row in rows]), strict=True):
+            row[f"{name}_holm"] = corrected
 
 
 def _differences(a: Tensor, b: Tensor) -> np.ndarray:

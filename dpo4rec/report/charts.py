@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from html import escape
 
-ROW, LABEL, PLOT, RIGHT = 22, 420, 300, 130
+ROW, LABEL, PLOT, RIGHT = 22, 420, 240, 250
 """Pixels: height of a row, width of its label, of the plot and of what is written right of it."""
 
 

@@ -86,9 +86,11 @@ def _about(experiment: Experiment, results: dict[str, Any]) -> str:
 
 def _comparisons(results: dict[str, Any]) -> str:
     rows = [row for row in results["comparisons"] if row["metric"] == "ndcg@5"]
-    shown = [(f"{row['a']} − {row['b']}", row["low"], row["difference"], row["high"], f"p = {row['p_value']:.4f}") for row in rows]
-    note = """<p>Differences in NDCG@5 with 95 % intervals: paired bootstrap over the test users of this one run, p-values not corrected for
-    their number. "Shared recommender" ranks by the texts of both policies with one recommender.</p>"""
+    p_values = [f"p = {row['p_value']:.4f}, corrected {row['p_value_holm']:.4f}" for row in rows]
+    names = [f"{row['a']} − {row['b']}" for row in rows]
+    shown = [(name, row["low"], row["difference"], row["high"], p) for name, row, p in zip(names, rows, p_values, strict=True)]
+    note = """<p>Differences in NDCG@5 with 95 % intervals: paired bootstrap over the test users of this one run; p-values as they are, and
+    corrected for their number (Holm). "Shared recommender" ranks by the texts of both policies with one recommender.</p>"""
     return note + intervals(shown)
 
 

@@ -58,11 +58,12 @@ def _metrics(results: dict[str, Any]) -> Table:
 
 
 def _comparisons(results: dict[str, Any], metric: str = "ndcg@5") -> Table:
-    table = Table(f"difference in {_heading(metric)}", "mean", "95 % interval", "p", title="Paired bootstrap over users")
+    table = Table(f"difference in {_heading(metric)}", "mean", "95 % interval", "p", "p (Holm)", title="Paired bootstrap over users")
     for row in results["comparisons"]:
         if row["metric"] == metric:
             interval = f"[{row['low']:+.4f}, {row['high']:+.4f}]"
-            table.add_row(escape(f"{row['a']} - {row['b']}"), f"{row['difference']:+.4f}", escape(interval), f"{row['p_value']:.4f}")
+            p_values = (f"{row[name]:.4f}" for name in ("p_value", "p_value_holm"))
+            table.add_row(escape(f"{row['a']} - {row['b']}"), f"{row['difference']:+.4f}", escape(interval), *p_values)
     return table
 
 
