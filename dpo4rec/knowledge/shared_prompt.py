@@ -33,6 +33,7 @@ class Group:
         self.ids = torch.tensor(ids, device=device)  # [U, P]
         self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         self.beyond = torch.arange(longest, device=device) >= self.lengths[:, None]  # [U, P] true at padding
+        self.bias = torch.where(self.beyond, float("-inf"), 0.0)  # added to scores: on CPU ten times as fast as filling where beyond
         self.tokens = torch.full((len(prompts) * samples, steps), padding_id, device=device)
         self.rows = torch.arange(len(self.tokens), device=device)  # the slots [R] that still run
         self.prompt: dict[int, tuple[Tensor, Tensor]] = {}  # by layer: keys and values [U, H', P, D]
@@ -81,7 +82,7 @@ class Group:
         # the samples of a prompt are the rows of one matrix product with its keys
         by_prompt = grid.view(users, self.samples, heads, groups, width).transpose(1, 2).reshape(users, heads, -1, width)
         to_prompt = by_prompt @ self.prompt[layer][0].transpose(2, 3)  # [U, H', N * g, P]
-        to_prompt.masked_fill_(self.beyond[:, None, None], float("-inf"))
+        to_prompt += self.bias.to(query.dtype)[:, None, None]
         to_own = (grid @ keys.transpose(2, 3)).view(users, self.samples, heads, groups, -1)  # [U, N, H', g, step]
         to_own = to_own.transpose(1, 2).reshape(users, heads, self.samples * groups, -1)
         weights = torch.cat([to_prompt, to_own], -1).softmax(-1, dtype=torch.float32).to(query.dtype)
