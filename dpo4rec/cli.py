@@ -191,7 +191,12 @@ def fit(
 
 @app.command()
 @guarded
-def evaluate(run_dir: RunDir, cluster: Cluster = None, set_: Settings = None) -> None:
+def evaluate(
+    run_dir: RunDir,
+    trec: Annotated[Path | None, typer.Option(help="folder that gets the rankings of the rounds' conditions as TREC files")] = None,
+    cluster: Cluster = None,
+    set_: Settings = None,
+) -> None:
     """Evaluate what a run folder holds, with all controls, and print the tables: its rounds, and what `fit --model` has fitted."""
     from dpo4rec.measure import Measurement
     from dpo4rec.recommend import Recommenders
@@ -202,7 +207,9 @@ def evaluate(run_dir: RunDir, cluster: Cluster = None, set_: Settings = None) ->
         protocols = measurement.protocols()
         if (run_dir / "round-0" / "samples").is_dir() or not (protocols or measurement.unfinished):
             job.sample(job.config.rounds)
-            _evaluate_rounds(job)
+            _evaluate_rounds(job, trec)
+        elif trec:
+            raise InputError("--trec", f"{run_dir} has no rounds", "What `fit --model` fitted has TREC files in evaluation/<protocol>")
         for protocol, fits in protocols.items():
             print_measured(protocol, measurement.measure(protocol, fits))
         if measurement.unfinished:
@@ -388,7 +395,7 @@ def _open(config: "Config", folder: Path) -> "Iterator[Run]":
         display.close()
 
 
-def _evaluate_rounds(job: "Run") -> None:
+def _evaluate_rounds(job: "Run", trec: Path | None = None) -> None:
     from dpo4rec.experiment import Experiment
     from dpo4rec.report.page import write_report
     from dpo4rec.report.table import print_results
@@ -396,6 +403,9 @@ def _evaluate_rounds(job: "Run") -> None:
     experiment = Experiment(job)
     print_results(experiment.evaluate())
     typer.echo(f"Report: {write_report(experiment)}")
+    if trec:
+        experiment.write_rankings(trec)
+        typer.echo(f"TREC files: {trec}")
 
 
 def _print_plan(config: "Config") -> None:

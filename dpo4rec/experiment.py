@@ -4,10 +4,9 @@ Validation users choose the temperature of each policy; test users are read once
 Metrics are averaged over recommender seeds, texts and lists of a user, then over users.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +19,7 @@ from dpo4rec.evaluation.metrics import accuracy, per_user, ranked_labels
 from dpo4rec.evaluation.significance import correct, paired_bootstrap
 from dpo4rec.files import stable_seed
 from dpo4rec.preference.best_of import best_by_other_half
+from dpo4rec.ranking import Lists, write_judgements, write_ranking
 from dpo4rec.recommenders.fitter import FitJob, user_vectors_of
 from dpo4rec.recommenders.lists import RankingData
 from dpo4rec.recommenders.model import Reranker
@@ -205,6 +205,14 @@ class Experiment:
         self.run.stage("evaluation/measure", self.config.evaluation, inputs, [out, best] if self.config.evaluation.best_of else [out], work)
         return files.read_json(out)
 
+    def write_rankings(self, folder: Path) -> None:
+        """Of an evaluated run: `qrels` of the test users' lists, and a TREC run of each condition by its first recommender and text."""
+        lists = Lists(self.run.folder / "data", self._left_out)
+        write_judgements(lists, folder)
+        for condition in CONDITIONS:
+            scores = next(self._logits(condition, "test", None, lists.lists, lists.owners))
+            write_ranking(lists, condition.label, lists.ranked(scores), folder)
+
     @property
     def temperatures(self) -> dict[str, float]:
         return files.read_json(self.folder / "temperatures.json")["chosen"]
@@ -245,7 +253,7 @@ class Experiment:
         texts = samples.filter(pa.array([row in kept for row in rows]))
         return self._values(logits[:, chosen, torch.arange(len(lists))], lists, owners, cutoffs), texts
 
-    def _logits(self, condition: Condition, split: str, temperature: float | None, lists: Tensor, owners: Tensor) -> Any:
+    def _logits(self, condition: Condition, split: str, temperature: float | None, lists: Tensor, owners: Tensor) -> Iterator[Tensor]:
         """Scores [lists, K] of every seed and text."""
         data = self._data
         if condition.judge is None:
@@ -293,7 +301,11 @@ class Experiment:
         """Without the users that a text of the evaluation could not be had for: conditions are compared on the same users."""
         if not hasattr(self, "_loaded"):
             self._loaded = RankingData.load(self.run.folder / "data")
-        return self._loaded.without(left_out(list(self.folder.glob("texts/*/vectors"))))
+        return self._loaded.without(self._left_out)
+
+    @property
+    def _left_out(self) -> set[str]:
+        return left_out(list(self.folder.glob("texts/*/vectors")))
 
     def round_of(self, policy: str) -> int:
         """The round whose policy it is."""

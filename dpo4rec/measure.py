@@ -14,12 +14,11 @@ from dpo4rec import files
 from dpo4rec.evaluation.beyond_accuracy import beyond_accuracy
 from dpo4rec.evaluation.metrics import accuracy, per_user
 from dpo4rec.evaluation.significance import correct, paired_bootstrap, wilcoxon
-from dpo4rec.evaluation.trec import rankings_of, write_qrels, write_run
 from dpo4rec.files import stable_seed
 from dpo4rec.fits import PROTOCOLS, FitFolder, Protocol
 from dpo4rec.knowledge.encoders import EncoderWorkerConfig
 from dpo4rec.knowledge.user_texts import encode_texts
-from dpo4rec.ranking import DEPTH, Catalogue, Lists, Ranking
+from dpo4rec.ranking import DEPTH, Catalogue, Lists, Ranking, write_judgements, write_ranking
 from dpo4rec.recommend import Recommenders
 from dpo4rec.stages import Report
 
@@ -60,7 +59,7 @@ class Measurement:
             for name, rankings in conditions:
                 exported = self._exported(name, source, rankings, protocol)
                 values[name], means[name], deviations[name] = _values(source, exported, padded, cutoffs, beyond)
-            write_qrels(((topic, source.relevant_items(place)) for place, topic in enumerate(source.topics)), out / "qrels")
+            write_judgements(source, out)
             self._write_per_user(values, source, protocol)
             report = {
                 "candidates_hash": source.hash,
@@ -99,9 +98,7 @@ class Measurement:
         """Passes the rankings on; the first also goes to a TREC run."""
         for number, ranking in enumerate(rankings):
             if number == 0:
-                tag = name.replace(" ", "-").replace("'", "")
-                topics = rankings_of(source.topics, source.item_ids, ranking.items, ranking.scores)
-                write_run(topics, self.folder / protocol / f"{tag}.run", tag)
+                write_ranking(source, name, ranking, self.folder / protocol)
             yield ranking
 
     def _comparisons(self, values: dict[str, dict[str, Tensor]]) -> list[Report]:

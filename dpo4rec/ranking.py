@@ -3,7 +3,8 @@
 M topics (users, or lists of users) with K ranked items each.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from dpo4rec import files
 from dpo4rec.data.retrieved import CANDIDATES
 from dpo4rec.errors import InputError
+from dpo4rec.evaluation.trec import rankings_of, write_qrels, write_run
 from dpo4rec.fits import FitFolder
 from dpo4rec.recommenders.fitter import user_vectors_of
 from dpo4rec.recommenders.lists import RankingData
@@ -91,8 +93,9 @@ class Lists:
 
     cutoffs = (1, 3, 5, 7, 10)
 
-    def __init__(self, folder: Path) -> None:
-        self.data = data = RankingData.load(folder)
+    def __init__(self, folder: Path, without: Collection[str] = ()) -> None:
+        """`without` are users who are left out."""
+        self.data = data = RankingData.load(folder).without(set(without))
         summary = files.read_json(folder / "summary.json")
         self.lists = data.lists_of(data.users_of("test"))
         self.owners = data.list_users[self.lists]
@@ -122,20 +125,32 @@ class Lists:
             model = Reranker.load(seed).bind(self.data, items)
             for text in range(1 if users is None else users.shape[1]):
                 vectors = None if users is None else _present(users[self.owners, text], self.topics, fit)
-                yield self._ranked(logits_of(model, self.data, self.lists, vectors))
+                yield self.ranked(logits_of(model, self.data, self.lists, vectors))
 
     def controls(self) -> Iterator[tuple[str, Ranking]]:
         """The order of the lists where a retriever made it, popularity in the training users' histories, and chance."""
         candidates = self.data.candidates[self.lists]
         if self.data.ranked:
-            yield "retriever's order", self._ranked(-torch.arange(candidates.shape[1]).float().expand(candidates.shape))
-        yield "popularity", self._ranked(self.popularity[candidates].float())
-        yield "random", self._ranked(torch.rand(candidates.shape, generator=torch.Generator().manual_seed(0)))
+            yield "retriever's order", self.ranked(-torch.arange(candidates.shape[1]).float().expand(candidates.shape))
+        yield "popularity", self.ranked(self.popularity[candidates].float())
+        yield "random", self.ranked(torch.rand(candidates.shape, generator=torch.Generator().manual_seed(0)))
 
-    def _ranked(self, scores: Tensor) -> Ranking:
+    def ranked(self, scores: Tensor) -> Ranking:
+        """The lists by falling scores [M, K]."""
         order = scores.argsort(dim=1, descending=True, stable=True)
         items, labels = self.data.candidates[self.lists], self.data.labels[self.lists]
         return Ranking(items.gather(1, order), scores.gather(1, order), labels.gather(1, order) > 0)
+
+
+def write_judgements(source: Catalogue | Lists, folder: Path) -> None:
+    """`qrels` of the topics."""
+    write_qrels(((topic, source.relevant_items(place)) for place, topic in enumerate(source.topics)), folder / "qrels")
+
+
+def write_ranking(source: Catalogue | Lists, name: str, ranking: Ranking, folder: Path) -> None:
+    """A TREC run of what `name` ranked; its file and tag are the name with "-" for what is no letter, digit, ".", "+" or "-"."""
+    tag = re.sub(r"[^\w.+-]+", "-", name.replace("'", ""))
+    write_run(rankings_of(source.topics, source.item_ids, ranking.items, ranking.scores), folder / f"{tag}.run", tag)
 
 
 def candidates_of(retriever: FitFolder, sequences: Path, length: int) -> pa.Table:

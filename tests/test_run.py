@@ -7,6 +7,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import ir_measures
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -38,6 +40,19 @@ def test_a_run_measures_every_condition(micro_run: Path) -> None:
     per_user = pq.read_table(micro_run / "evaluation" / "per_user.parquet").to_pandas()
     mean = per_user[per_user.condition == "tuned text"]["ndcg@5"].mean()
     assert mean == pytest.approx(results["metrics"]["tuned text"]["ndcg@5"])
+
+
+def test_exported_rankings_give_the_runs_metrics(micro_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(micro_run, tmp_path / "run")
+    assert CliRunner().invoke(app, ["evaluate", str(tmp_path / "run"), "--trec", str(tmp_path / "trec")]).exit_code == 0
+    assert len(list((tmp_path / "trec").glob("*.run"))) == len(CONDITIONS)
+    values = pq.read_table(micro_run / "evaluation" / "per_user.parquet").to_pandas().set_index(["condition", "user_id"])["ndcg@5"]
+    qrels = list(ir_measures.read_trec_qrels(str(tmp_path / "trec" / "qrels")))
+    for condition in ("popularity", "history", "history + item text"):  # without a text of several, whose mean a run reports
+        run = ir_measures.read_trec_run(str(tmp_path / "trec" / f"{condition.replace(' ', '-')}.run"))
+        found = [(of.query_id.split("#")[0], of.value) for of in ir_measures.iter_calc([ir_measures.nDCG @ 5], qrels, run)]
+        theirs = pd.DataFrame(found, columns=["user_id", "value"]).groupby("user_id")["value"].mean()
+        pd.testing.assert_series_equal(values[condition].sort_index(), theirs, check_names=False, atol=1e-6, rtol=0)
 
 
 def test_pairs_hold_what_was_sampled(micro_run: Path) -> None:
