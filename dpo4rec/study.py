@@ -12,10 +12,11 @@ import pyarrow as pa
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from dpo4rec import files
+from dpo4rec.conditions import BEST_OF
 from dpo4rec.config import FREE, Config, config_of, plain, recommender_of, resolve
 from dpo4rec.driver import Run
 from dpo4rec.errors import InputError
-from dpo4rec.experiment import BEST_OF, Experiment
+from dpo4rec.experiment import Experiment
 from dpo4rec.files import read_parquet
 from dpo4rec.knowledge.prompts import shown
 from dpo4rec.measure import Measurement

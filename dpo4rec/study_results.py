@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from dpo4rec import files
+from dpo4rec.conditions import BEST_OF, POLICIES
 from dpo4rec.errors import InputError
 from dpo4rec.evaluation.significance import correct, paired_bootstrap
-from dpo4rec.experiment import BEST_OF, POLICIES
 from dpo4rec.files import read_parquet, stable_seed
 from dpo4rec.report.study import tables
 from dpo4rec.run_folder import CONFIG

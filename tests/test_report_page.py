@@ -12,10 +12,11 @@ import pytest
 from typer.testing import CliRunner
 
 from dpo4rec.cli import app
+from dpo4rec.conditions import CONDITIONS
 from dpo4rec.config import resolve
 from dpo4rec.driver import Run
 from dpo4rec.errors import InputError
-from dpo4rec.experiment import CONDITIONS, Experiment
+from dpo4rec.experiment import Experiment
 from dpo4rec.report.page import EXAMPLES, write_report
 
 EVIL = "<script>alert('x')</script> & <b>"

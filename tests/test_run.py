@@ -20,10 +20,11 @@ from typer.testing import CliRunner
 from benchmarks.interruptions import command, draw_moments, fingerprint, kill_and_continue
 from benchmarks.obvious_script import difference
 from dpo4rec.cli import app
+from dpo4rec.conditions import CONDITIONS
 from dpo4rec.config import resolve
 from dpo4rec.driver import Run
 from dpo4rec.errors import InputError
-from dpo4rec.experiment import CONDITIONS, Experiment
+from dpo4rec.experiment import Experiment
 
 
 def options(micro: Path, *more: str) -> list[str]:

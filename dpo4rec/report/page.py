@@ -12,8 +12,9 @@ from typing import Any
 import yaml
 
 from dpo4rec import files
+from dpo4rec.conditions import POLICIES
 from dpo4rec.data.user_rows import UserRows
-from dpo4rec.experiment import POLICIES, Experiment
+from dpo4rec.experiment import Experiment
 from dpo4rec.files import read_json, read_parquet, stable_seed
 from dpo4rec.report.charts import curves, intervals
 from dpo4rec.report.table import SHOWN
