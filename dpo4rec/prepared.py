@@ -90,7 +90,8 @@ class Prepared(Stages):
     @cached_property
     def catalogue(self) -> Catalogue:
         items = read_parquet(self.folder / "data" / "items.parquet")
-        return Catalogue(items, (history for part in self.training_histories() for history in part["item_ids"].to_pylist()))
+        histories = (history for part in self.training_histories() for history in part["item_ids"].to_pylist())
+        return Catalogue(items, histories, self.config.data.rated)
 
     def training_histories(self) -> Iterator[pa.Table]:
         """Part by part."""

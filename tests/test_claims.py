@@ -2,6 +2,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from dpo4rec.errors import InputError
 from dpo4rec.knowledge.claims import Claim, parse, render, well_formed
 from dpo4rec.knowledge.config import PromptConfig, WriterConfig
 from dpo4rec.knowledge.facts import Catalogue, clean, facts
@@ -65,6 +66,17 @@ def test_a_prompt_keeps_each_item_on_its_line() -> None:
     assert "<|" not in prompt
     assert len(prompt) < 250
     assert clean("משחק\tהכס") == "משחק הכס"
+
+
+def test_a_prompt_tells_no_ratings_where_the_source_has_none() -> None:
+    prompt = compose(PromptConfig(role="", request="Preferences:"), Catalogue(ITEMS, [["1", "2"]], rated=False), "", ["2", "1"], [1.0, 1.0])
+    titles = ITEMS["title"].to_pylist()
+    assert [line.split(",")[0] for line in prompt.splitlines()] == ["The user chose:", f"- {titles[1]}", f"- {titles[0]}", "Preferences:"]
+
+
+def test_a_writer_needs_something_to_speak_of(catalogue: Catalogue) -> None:
+    with pytest.raises(InputError, match="speaks of era, of which the items have none"):
+        Writer(WriterConfig(kind_weights={"era": 1.0}), {**catalogue.names, "era": set()})
 
 
 def test_the_last_items_are_shown_by_time_or_by_rating(catalogue: Catalogue) -> None:

@@ -165,6 +165,11 @@ class DataConfig(Settings):
         return "ratings (Steam has none)" if self.steam else None
 
     @property
+    def rated(self) -> bool:
+        """Whether the source has ratings; else every one is `NO_RATING`, which says nothing."""
+        return self._without_ratings() is None
+
+    @property
     def source_folder(self) -> Path:
         """The folder of the source's files, `~` resolved; without one the current folder."""
         return Path(self.folder or "").expanduser()

@@ -24,8 +24,9 @@ class Item:
 class Catalogue:
     """Items by id, the names that claims may use, and how common each genre and era is in the training users' histories."""
 
-    def __init__(self, items: pa.Table, histories: Iterable[list[str]]) -> None:
-        """`histories` are gone through once."""
+    def __init__(self, items: pa.Table, histories: Iterable[list[str]], rated: bool = True) -> None:
+        """`histories` are gone through once; `rated` is whether prompts have ratings to tell."""
+        self.rated = rated
         self.items = {
             row["item_id"]: Item(clean(row["title"]), tuple(row["genres"]), era(row["year"]) if row["year"] else None, tuple(row["people"]))
             for row in items.to_pylist()

@@ -18,12 +18,15 @@ def compose(config: PromptConfig, catalogue: Catalogue, profile: str, item_ids: 
     The user rated:
     - rated 5: Heat, 1990s Crime Thriller with Al Pacino
     Preferences:
+
+    Without ratings: "The user chose:", "- Heat, 1990s ...".
     """
     lines = [config.role] if config.role else []
     if config.profile and profile:
         lines.append(f"The user is {clean(profile)}.")
-    lines.append("The user rated:")
-    lines += [describe(catalogue.items[item_id], rating) for item_id, rating in zip(*shown(config, item_ids, ratings), strict=True)]
+    lines.append("The user rated:" if catalogue.rated else "The user chose:")
+    for item_id, rating in zip(*shown(config, item_ids, ratings), strict=True):
+        lines.append(f"- {f'rated {rating:g}: ' if catalogue.rated else ''}{describe(catalogue.items[item_id])}")
     return "\n".join([*lines, config.request])
 
 
@@ -34,11 +37,11 @@ def shown(config: PromptConfig, item_ids: list[str], ratings: list[float]) -> tu
     return [items[place] for place in order], [ratings[place] for place in order]
 
 
-def describe(item: Item, rating: float) -> str:
-    """One line of the history. Text from data was made one clean line by the catalogue, so it cannot break the frame."""
+def describe(item: Item) -> str:
+    """An item in its line of the history. Text from data was made one clean line by the catalogue, so it cannot break the frame."""
     attributes = " ".join(([item.era] if item.era else []) + list(item.genres))
     people = f" with {', '.join(item.people)}" if item.people else ""
-    return f"- rated {rating:g}: {item.title}{',' if attributes else ''} {attributes}{people}".rstrip()
+    return f"{item.title}{',' if attributes else ''} {attributes}{people}".rstrip()
 
 
 def encode_prompts(config: PromptConfig, tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> tuple[list[str], list[list[int]]]:

@@ -44,7 +44,7 @@ def build_tokenizer(config: TinyConfig, catalogue: Catalogue, corpus: list[str])
     tokenizer.train_from_iterator(corpus, trainer)
     names = sorted({name for kind in catalogue.names.values() for name in kind})
     whole = [f" {name}" for name in names] + [f" {opening}" for opening in OPENINGS.values()]
-    whole += [f"\n- rated {stars}:" for stars in range(1, 6)]
+    whole += [f"\n- rated {stars}:" for stars in range(1, 6)] if catalogue.rated else ["\n-"]
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in whole])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PADDING)
 

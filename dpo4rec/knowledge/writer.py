@@ -6,6 +6,7 @@ is what a recommender needs, so samples differ in use, and feedback has somethin
 
 import numpy as np
 
+from dpo4rec.errors import InputError
 from dpo4rec.knowledge.claims import Claim, render
 from dpo4rec.knowledge.config import WriterConfig
 
@@ -16,11 +17,17 @@ class Writer:
     Args:
         config: habits.
         names: the names of each kind that exist, for spurious claims.
+
+    Raises:
+        InputError: there are no names of the kinds that it speaks of.
     """
 
     def __init__(self, config: WriterConfig, names: dict[str, set[str]]) -> None:
         self.config = config
         self.names = {kind: sorted(names[kind]) for kind in config.kind_weights if names[kind]}
+        if not self.names:
+            cause = f"a writer speaks of {', '.join(config.kind_weights)}, of which the items have none"
+            raise InputError("llm.tiny.writers", cause, "Give it kind_weights of what they have: title, or genres, years or people")
         weights = np.array([config.kind_weights[kind] for kind in self.names])
         self.kinds, self.kind_shares = list(self.names), weights / weights.sum()
         lengths = np.array(config.length_weights)
