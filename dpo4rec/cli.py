@@ -286,7 +286,7 @@ def reproduce(
     from dpo4rec.study import Study, load_study
     from dpo4rec.study_results import write_study_results
 
-    settings = [f"data.folder={data}"] if data else []
+    settings = [f"data.folder={json.dumps(str(data))}"] if data else []  # a string, whatever YAML would make of it
     settings += [f"cluster.kind={cluster}"] if cluster else []
     folder, display = run_dir or Path("runs") / (f"{study}-quick" if quick else study), ProgressDisplay()
     work = Study(load_study(study), folder, settings + (set_ or []), quick, display)
@@ -369,7 +369,7 @@ def _resolved(
     """The settings of the command line; without preset and file those that the run folder was made with."""
     from dpo4rec.config import resolve
 
-    given = [f"data.folder={data}"] if data else []
+    given = [f"data.folder={json.dumps(str(data))}"] if data else []  # a string, whatever YAML would make of it
     given += [f"cluster.kind={cluster}"] if cluster else []
     own = folder / "config.yaml"
     if preset is None and file is None:

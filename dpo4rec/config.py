@@ -180,6 +180,8 @@ def recommender_of(config: Config, model: str, name: str, lists: str | None, tex
     for setting in settings:
         if not setting.startswith(f"{part}."):
             raise InputError(f"--set {setting}", f"{model} does not read it", f"Its settings begin with {part}.")
+        if setting.startswith("recommender.model="):
+            raise InputError(f"--set {setting}", f"the fit's model is {model}", "Name another by --model")
         values = _merged(values, _parsed(setting))
     if part == "recommender":
         values[part]["model"] = model
@@ -204,7 +206,7 @@ def _parsed(setting: str) -> dict[str, Any]:
         raise InputError(f"--set {setting}", "is not of the form key=value", "Write for instance --set alignment.beta=0.05")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: what looks like a date and is none
         raise InputError(f"--set {setting}", "the value is not valid YAML", "Quote it") from error
     for part in reversed(key.split(".")):
         value = {part: value}

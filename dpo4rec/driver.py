@@ -219,7 +219,7 @@ class Run(Texts):
 
         settings = {"alignment": config.alignment.model_dump(mode="json"), "threads": config.cluster.training_threads}
         inputs = [here / "pairs", *policy.files, *self._reward_files(round_)]
-        return self.stage(f"round-{round_}/align", settings, inputs, [here / "adapter"], work)
+        return self.stage(f"round-{round_}/align", settings, inputs, [here / "adapter"], work, one_piece=True)
 
     def _table(self, round_: int) -> Path:
         """What the configured method trains on."""
@@ -266,7 +266,7 @@ class Run(Texts):
 
         settings = {"jobs": [job.model_dump(exclude={"out", "texts"}) for job in jobs], **self.pool_settings()}
         drawn = [self.folds] if self.draws_fitting_users else []  # else all that the table says follows from the jobs and the data
-        return self.stage(f"{name}/fit", settings, [*texts, self.folder / "data", self.item_vectors, *drawn], [out], work)
+        return self.stage(f"{name}/fit", settings, [*texts, self.folder / "data", self.item_vectors, *drawn], [out], work, one_piece=True)
 
 
 def _judged_texts(here: Path, truth: UserRows) -> Iterator[tuple[pa.Table, pa.Table, pa.Table]]:

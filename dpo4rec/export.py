@@ -34,7 +34,7 @@ class Export:
         out: the folder to write, new or of an earlier export.
 
     Raises:
-        InputError: the run is not finished, or its re-ranker cannot be exported.
+        InputError: the run is not finished, its re-ranker cannot be exported, or the folder holds something else than an export.
     """
 
     def __init__(self, run: Run, out: Path) -> None:
@@ -49,6 +49,9 @@ class Export:
         temperature = self.experiment.temperatures["tuned"]
         self.decoding: Decoding = self.config.sampling.decoding.model_copy(update={"temperature": temperature})
         self.manifest: Report = read_json(out / "manifest.json") if (out / "manifest.json").exists() else {"parts": {}}
+        others = not self.manifest.get("parts") and out.is_dir() and any(not file.name.startswith(".") for file in out.iterdir())
+        if others or "parts" not in self.manifest:
+            raise InputError(str(out), "it is no export and not empty: files of yours would be replaced", "Give a new folder")
 
     def write(self, new_users: Path | None = None) -> Report:
         """Writes all parts and the manifest, and returns the manifest's.

@@ -1,13 +1,15 @@
-"""Files that are either whole or absent: atomic writes, verified reads, content hashes, seeds."""
+"""Files that are either whole or absent: atomic writes, verified reads, locks, content hashes, seeds."""
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,24 +29,72 @@ ROWS_A_GROUP = 4096
 def atomic(path: Path) -> Iterator[Path]:
     """Yields a temporary name beside `path` (file or folder) and renames it to `path` when the block ends well.
 
-    A crash leaves `path` as it was. Raises `InputError` when the disk is full.
+    A crash, of the machine too, leaves `path` as it was, or for a folder what `mend` makes so. Raises `InputError` when the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial, before = path.with_name(f".{path.name}.partial-{os.getpid()}"), path.with_name(f".{path.name}{BEFORE}")
     remove(partial)
     try:
         yield partial
+        _to_disk(partial)
         if path.is_dir():  # a folder cannot be renamed onto a full one
-            remove(path)
+            remove(before)
+            path.rename(before)
         partial.replace(path)
+        remove(before)
     except OSError as error:
-        if error.errno == 28:  # ENOSPC
+        if error.errno in NO_SPACE:
             raise InputError(
                 str(path), "no space is left on the disk", "Free some and run the same command again: finished stages are kept"
             ) from error
         raise
     finally:
         remove(partial)
+
+
+BEFORE = ".before"
+"""Ends the hidden name of a folder that is about to be replaced."""
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+def mend(folder: Path) -> None:
+    """Clears away what `atomic` left anywhere in the folder when it was killed."""
+    for partial in list(folder.rglob(".*.partial-*")):
+        remove(partial)
+    for before in list(folder.rglob(f".*{BEFORE}")):
+        path = before.with_name(before.name.removeprefix(".").removesuffix(BEFORE))
+        remove(before) if path.exists() else before.rename(path)
+
+
+def _to_disk(path: Path) -> None:
+    """So that after a loss of power a new name does not stand for an empty file."""
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+
+
+def lock(folder: Path) -> IO[str]:
+    """Holds a run folder until the file that it returns is closed, or the process ends.
+
+    Raises:
+        InputError: another process holds it, or it cannot be written.
+    """
+    try:
+        held = (folder / ".lock").open("w")
+    except OSError as error:
+        raise InputError(str(folder), f"the run folder cannot be made or written ({error.strerror})", "Give another --run-dir") from error
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        held.close()
+        raise InputError(str(folder), "another process is running in this folder", "Wait for it, or give another --run-dir") from error
+    return held
+
+
+def checkpoints_of(path: Path) -> Path:
+    """The hidden folder beside `path` of the checkpoints from which its making goes on."""
+    return path.with_name(f".{path.name}.checkpoints")
 
 
 def remove(path: Path) -> None:
@@ -129,7 +179,12 @@ def failed(folder: Path) -> dict[str, str]:
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     with atomic(path) as partial:
         # a copy of each: safetensors refuses tensors that share memory, as the shared experts' do
-        save_file({name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}, partial)
+        copies = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+        try:
+            save_file(copies, partial)
+        except SafetensorError as error:  # what it says of a full disk is no OSError
+            number = next((number for number in NO_SPACE if f"os error {number})" in str(error)), None)
+            raise OSError(number, os.strerror(number)) if number else error from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

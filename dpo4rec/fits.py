@@ -36,8 +36,6 @@ class FitOptions(Settings):
             raise ValueError(f"the name {self.name!r} is that of a control: choose another")
         if self.model == "gru4rec" and self.sequential and self.sequential.heads != 1:
             raise ValueError("sequential.heads would be ignored: gru4rec has no attention")
-        if self.model == "dlcm" and self.recommender and self.recommender.heads != type(self.recommender).model_fields["heads"].default:
-            raise ValueError("recommender.heads would be ignored: dlcm has no attention")
         if bool(self.texts) != self.reads_user_text:
             key = "sequential.user_text" if self.sequential else "recommender.user_signal"
             given = "user texts are given but not read" if self.texts else "user texts are read but not given"

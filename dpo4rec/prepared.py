@@ -13,6 +13,7 @@ from dpo4rec import files
 from dpo4rec.data.prepare import prepare
 from dpo4rec.data.sources import source_files
 from dpo4rec.data.user_rows import UserRows, of_split
+from dpo4rec.errors import InputError
 from dpo4rec.files import ROWS_A_GROUP, batches, read_parquet
 from dpo4rec.knowledge.facts import Catalogue
 from dpo4rec.knowledge.language_model import load_tokenizer
@@ -49,8 +50,10 @@ class Prepared(Stages):
     def prepare_data(self) -> Report:
         """The source's files, brought into one schema, split and cut into lists."""
         config, data = self.config.data, self.folder / "data"
-        work = partial(prepare, config, self.config.data_seed)
-        return self.stage("prepare", config, source_files(config), [data], lambda: into(data, work))
+        work, read = partial(prepare, config, self.config.data_seed), source_files(config)
+        if inside := [str(file) for file in read if file.resolve().is_relative_to(data.resolve())]:
+            raise InputError(inside[0], "the run would replace it: its own data go there", "Move it out of the run folder's data/")
+        return self.stage("prepare", config, read, [data], lambda: into(data, work))
 
     def warm_up(self) -> Report:
         """The built-in language model."""

@@ -4,7 +4,6 @@ A stage is a function from files to files. It runs when its key (settings, seed,
 differs from the manifest's; otherwise it is skipped. Running again is resuming.
 """
 
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -36,7 +35,7 @@ class RunFolder:
         completed: the folder's own configuration with defaults for the keys that were added since it was made.
 
     Raises:
-        InputError: another run holds the folder, or it belongs to another configuration.
+        InputError: another run holds the folder, it belongs to another configuration, or it holds what no run has made.
     """
 
     def __init__(
@@ -49,15 +48,13 @@ class RunFolder:
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = (path / ".lock").open("w")  # held until the process ends
         except OSError as error:
             raise InputError(str(path), f"the run folder cannot be made or written ({error.strerror})", "Give another --run-dir") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(str(path), "another process is running in this folder", "Wait for it, or give another --run-dir") from error
-        for partial in path.rglob(".*.partial-*"):
-            files.remove(partial)
+        begun = any((path / own).exists() for own in (CONFIG, "manifest.json"))
+        if not begun and any(not file.name.startswith(".") for file in path.iterdir()):
+            raise InputError(str(path), "it is no run folder and not empty: stages would replace files of yours", "Give another --run-dir")
+        self._lock = files.lock(path)
+        files.mend(path)
         self._keep_config(config, free, completed)
         self.manifest: dict[str, Any] = files.read_json(path / "manifest.json") if (path / "manifest.json").exists() else {"stages": {}}
         versions = {name: importlib.metadata.version(name) for name in PACKAGES}
@@ -78,20 +75,28 @@ class RunFolder:
         return self.path / name
 
     def stage(
-        self, name: str, settings: dict[str, Any], inputs: list[Path], outputs: list[Path], work: Callable[[], dict[str, Any] | None]
+        self,
+        name: str,
+        settings: dict[str, Any],
+        inputs: list[Path],
+        outputs: list[Path],
+        work: Callable[[], dict[str, Any] | None],
+        one_piece: bool = False,
     ) -> dict[str, Any]:
         """Runs `work` unless it was done with the same settings and inputs; returns what it reported then or now.
 
-        A stage that was begun with another key starts from nothing; one that was interrupted finds its finished parts.
+        A stage that was begun with another key starts from nothing; one that was interrupted finds its finished parts. One whose output was
+        damaged or removed since mends it, or, where `work` could not tell what is whole (`one_piece`), starts from nothing.
         """
         key = stage_key(settings, inputs)
         entry = self.manifest["stages"].get(name, {})
         if self._done(name, key, outputs):
             self.log("skipped", stage=name)
             return entry["report"]
-        if entry.get("key") != key:
+        if entry.get("key") != key or (one_piece and entry["state"] == "done"):
             for path in outputs if entry else []:
                 files.remove(path)
+                files.remove(files.checkpoints_of(path))
             self._record(name, {"key": key, "state": "begun"})
         self.log("begun", stage=name)
         start = time.monotonic()
@@ -156,13 +161,21 @@ def fork(source: Path, target: Path, without: tuple[str, ...] = ()) -> None:
     """
     if target.exists():
         return
+    target.parent.mkdir(parents=True, exist_ok=True)
     if not (source / "manifest.json").exists():
         raise InputError(str(source), "is no run folder to start from", "Run it first, or correct the path")
-    with files.atomic(target) as partial:
-        hidden = shutil.ignore_patterns(".*")  # locks, checkpoints, what is half written
-        shutil.copytree(source, partial, copy_function=_link, ignore=hidden)
-        for own in (CONFIG, "log.jsonl", "logs", *without):
-            files.remove(partial / own)
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    files.remove(partial)
+    hidden = shutil.ignore_patterns(".*")  # locks, checkpoints, what is half written
+    shutil.copytree(source, partial, copy_function=_link, ignore=hidden)
+    for own in (CONFIG, "log.jsonl", "logs", *without):
+        files.remove(partial / own)
+    try:
+        partial.rename(target)
+    except OSError:  # another process was faster, and may be at work there
+        if not target.exists():
+            raise
+        files.remove(partial)
 
 
 def _link(source: str, target: str) -> None:
@@ -194,7 +207,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise files.missing(path) from error
     except OSError as error:
         raise InputError(str(path), f"it cannot be read ({error.strerror})", "Give a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or what looks like a date and is none
         raise InputError(str(path), f"not valid YAML ({error})", "Correct it") from error
     if not isinstance(value, dict):
         raise InputError(str(path), "holds no settings", "Write `section:` lines with `key: value` below them")

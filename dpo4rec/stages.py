@@ -33,10 +33,12 @@ class Stages:
         self.folder = RunFolder(path.resolve(), plain(config), FREE, lambda own: plain(config_of(own)))
         torch.set_num_threads(config.cluster.training_threads)
 
-    def stage(self, name: str, settings: Any, inputs: list[Path], outputs: list[Path], work: Callable[[], Report]) -> Report:
+    def stage(
+        self, name: str, settings: Any, inputs: list[Path], outputs: list[Path], work: Callable[[], Report], one_piece: bool = False
+    ) -> Report:
         """Runs a stage of the run folder; `settings` (a mapping or a part of the configuration) and the seed are part of its key."""
         self.announce(name, 0, 0, None)
-        return self.folder.stage(name, self._seeded(settings), inputs, outputs, work)
+        return self.folder.stage(name, self._seeded(settings), inputs, outputs, work, one_piece)
 
     def is_done(self, name: str, settings: Any, inputs: list[Path], outputs: list[Path]) -> bool:
         """Whether `stage` would skip its work."""

@@ -36,6 +36,9 @@ def test_command_line_beats_file_beats_preset(tmp_path: Path) -> None:
         ("evaluation.temperatures=[0, 0.5]", ["evaluation.temperatures.0", "greater than 0"]),
         ("recommender.user_signal=history", ["user_signal must hold text"]),
         ("llm.quantization=nf4", ["tiny model"]),
+        ("llm.trust_remote_code=true", ["tiny model brings no code"]),
+        ("recommender={model: dlcm, heads: 4}", ["dlcm has no attention"]),
+        ("data.folder=2024-02-30", ["YAML"]),
         ("alignment.quantization=nf4", ["must be the same"]),
         ("encoder.kind=sentence-transformers", ["encoder.name"]),
         ("encoder.max_tokens=9", ["encoder.kind=language-model"]),
@@ -93,6 +96,11 @@ def test_dry_run_prints_settings_and_stages_and_makes_nothing(tmp_path: Path) ->
     assert resolved["seed"] == 7
     assert "round-1: sample, fit, score, pair, align" in result.output
     assert not (tmp_path / "r").exists()
+
+
+def test_a_data_folder_may_have_any_name() -> None:
+    done = CliRunner().invoke(app, ["run", "--preset", "ml-1m", "--data", "/data/my set #2: é", "--dry-run"])
+    assert yaml.safe_load(done.output.split("stages:")[0])["data"]["folder"] == "/data/my set #2: é"
 
 
 def test_item_texts_want_a_model_that_can_write_them() -> None:

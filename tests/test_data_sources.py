@@ -168,6 +168,7 @@ def test_csv_and_parquet_of_the_same_data_make_the_same_lists(tmp_path: Path) ->
         ({"interactions": {"item_id": [1.0] * 40}}, "column 'item_id'", "integers or strings"),
         ({"interactions": {"item_id": [0, 99, *range(38)]}}, "interactions.parquet, row 2", "'99' is not in"),
         ({"items": {"genres": ["Drama"] * 30}}, "column 'genres'", "a list of strings is expected"),
+        ({"interactions": {"user_id": [*["u0"] * 6, None, *["u1"] * 33]}}, "interactions.parquet, row 7", "missing"),
         ({"items": {"title": ["", *["t"] * 29]}}, "items.parquet, row 1", "missing"),
         ({"items": {"item_id": [0, 0, *range(28)]}}, "items.parquet, row 2", "was there before"),
     ],

@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from dpo4rec import files
 from dpo4rec.data.user_rows import UserRows
@@ -31,9 +32,30 @@ def test_a_file_is_whole_or_as_before(tmp_path: Path) -> None:
 def test_a_full_disk_is_said_and_loses_nothing(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_json({"kept": 1}, path)
-    with pytest.raises(InputError, match=r"a.json: no space is left.*finished stages are kept"), atomic(path):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        with pytest.raises(InputError, match=r"a.json: no space is left.*finished stages are kept"), atomic(path):
+            raise OSError(number, "as the system says it")
     assert read_json(path) == {"kept": 1}
+
+
+def test_a_full_disk_is_said_where_tensors_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(files, "save_file", save)  # a disk that is really full is no one's to make
+    with pytest.raises(InputError, match="no space is left"):
+        write_tensors({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
+
+
+def test_a_folder_that_was_being_replaced_is_mended(tmp_path: Path) -> None:
+    """Killed between the two renames the old folder stands aside; killed after them it is not wanted any more."""
+    for name in ("a", "b"):
+        (tmp_path / f".{name}.before").mkdir()
+        (tmp_path / f".{name}.before" / "old").touch()
+    (tmp_path / "b").mkdir()
+    (tmp_path / ".a.partial-7").mkdir()
+    files.mend(tmp_path)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["a", "a/old", "b"]
 
 
 def test_a_folder_replaces_a_folder(tmp_path: Path) -> None:

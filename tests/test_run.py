@@ -5,10 +5,12 @@ import math
 import random
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import ir_measures
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -126,10 +128,66 @@ def test_one_driver_at_a_time(micro: Path, tmp_path: Path) -> None:
 def test_stages_want_what_comes_before_them(micro_run: Path, micro: Path, tmp_path: Path) -> None:
     for part in ("data", "prompts", "language_model"):
         shutil.copytree(micro_run / part, tmp_path / part)
+    shutil.copy(micro_run / "config.yaml", tmp_path)
     run = Run(resolve("quickstart", micro, []), tmp_path)
     with pytest.raises(InputError, match=r"samples.*there is no such file"):
         run.pair(0)
     run.folder.release()
+
+
+def test_a_folder_of_something_else_is_refused_and_left_alone(micro: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "ratings.dat").write_text("mine")
+    with pytest.raises(InputError, match="no run folder and not empty"):
+        Run(resolve("quickstart", micro, []), tmp_path)
+    assert (tmp_path / "data" / "ratings.dat").read_text() == "mine"
+    assert not (tmp_path / "config.yaml").exists()
+
+
+def test_raw_files_where_the_run_writes_its_own_are_refused(tmp_path: Path) -> None:
+    for name in ("interactions", "items"):
+        pq.write_table(pa.table({"user_id": ["a"]}), tmp_path / f"{name}.parquet")
+    run = Run(resolve("quickstart", None, ["data.source=table", f"data.folder={tmp_path / 'run' / 'data'}"]), tmp_path / "run")
+    shutil.copytree(tmp_path, tmp_path / "run" / "data", ignore=shutil.ignore_patterns("run"))
+    with pytest.raises(InputError, match="the run would replace it"):
+        run.prepare()
+    assert len(list((tmp_path / "run" / "data").iterdir())) == 2
+    run.folder.release()
+
+
+def test_damaged_models_are_made_again(micro_run: Path, micro: Path, tmp_path: Path) -> None:
+    """Where what is left cannot tell what is whole, the stage begins anew; what it makes is the same."""
+    folder = tmp_path / "copy"
+    shutil.copytree(micro_run, folder)
+    models = "round-0/recommender/fold-0-seed-0/model.safetensors", "round-0/adapter/adapter_model.safetensors"
+    for name in models:
+        (folder / name).unlink()
+    run = Run(resolve("quickstart", micro, []), folder)
+    run.fit(0)
+    assert run.align(0)["by"] == "driver"
+    run.folder.release()
+    assert [(folder / name).read_bytes() for name in models] == [(micro_run / name).read_bytes() for name in models]
+
+
+def test_a_half_written_checkpoint_of_the_warm_up_is_passed_over(micro_run: Path, micro: Path, tmp_path: Path) -> None:
+    run = Run(resolve("quickstart", micro, []), tmp_path)
+    (tmp_path / ".language_model.checkpoints" / "checkpoint-9999").mkdir(parents=True)
+    run.prepare()
+    run.folder.release()
+    model = "language_model/model.safetensors"
+    assert (tmp_path / model).read_bytes() == (micro_run / model).read_bytes()
+
+
+def test_a_launcher_does_not_join_a_driver(micro_run: Path, micro: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(micro_run, folder)
+    run = Run(resolve("quickstart", micro, []), folder)
+    start = [sys.executable, "-m", "dpo4rec.alignment", str(folder / "round-0"), "--out", str(tmp_path / "elsewhere")]
+    done = subprocess.run(start, capture_output=True, text=True, check=False)
+    run.folder.release()
+    assert done.returncode == 2
+    assert "another process is running in this folder" in done.stderr
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_a_damaged_result_is_named_and_the_rest_stays(micro_run: Path, micro: Path, tmp_path: Path) -> None:

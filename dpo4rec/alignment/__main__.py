@@ -12,6 +12,7 @@ import torch
 from dpo4rec.alignment.config import Tracking
 from dpo4rec.alignment.job import read_job
 from dpo4rec.errors import InputError
+from dpo4rec.files import lock
 
 
 def main() -> int:
@@ -27,6 +28,8 @@ def main() -> int:
     out = options.out or options.folder / "adapter"
     try:
         job = read_job(options.folder, **changes)
+        # a driver and a launcher would take each other's checkpoints; the first process holds the run folder for all
+        held = lock(options.folder.resolve().parent) if os.environ.get("RANK", "0") == "0" else None
         if out.exists():  # never replaced by hand: a finished round's scores and texts came from it
             raise InputError(str(out), "it is there already", "Give another folder with --out, or remove it")
         job.run(out, options.tracking)
@@ -35,6 +38,8 @@ def main() -> int:
         return 2
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    if held:
+        held.close()
     return 0
 
 

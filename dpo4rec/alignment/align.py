@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dpo4rec.alignment.checkpoints import LOG, step_of
+from dpo4rec.alignment.checkpoints import LOG
 from dpo4rec.alignment.config import AlignmentConfig, Tracking, check_tracking
 from dpo4rec.alignment.methods import Start, build
 from dpo4rec.alignment.online import Online
@@ -18,6 +18,7 @@ from dpo4rec.alignment.policy_trainer import PolicyTrainer
 from dpo4rec.alignment.tracking import tracker_of
 from dpo4rec.errors import InputError
 from dpo4rec.files import atomic, content_hash, remove, write_json
+from dpo4rec.knowledge.checkpoints import step_of
 
 
 def align(

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from deepspeed.checkpoint.ds_to_universal import main as convert
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from dpo4rec.files import read_json, remove, write_json
+from dpo4rec.files import atomic, read_json, remove, write_json
+from dpo4rec.knowledge.checkpoints import COMPLETE, Completing, newest_checkpoint, step_of
 
 logger = logging.getLogger(__name__)
-COMPLETE = "complete"
 LOG = "training_log.jsonl"
 
 
@@ -58,8 +58,8 @@ def _fit_processes(checkpoint: Path, arguments: TrainingArguments) -> None:
     arguments.hf_deepspeed_config.config["checkpoint"] = {"load_universal": True}
 
 
-class Checkpointing(TrainerCallback):
-    """Marks a checkpoint once all processes have written their part: others are never resumed from."""
+class Checkpointing(Completing):
+    """Marks checkpoints that are whole, and mends what DeepSpeed makes of them."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **kwargs: Any
@@ -69,26 +69,12 @@ class Checkpointing(TrainerCallback):
             if isinstance(moments.get("step"), torch.Tensor):
                 moments["step"] = moments["step"].clone()
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
-        if state.is_world_process_zero:
-            write_json(args.world_size, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / COMPLETE)
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The latest checkpoint that all processes finished writing."""
-    return max((path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")), key=step_of, default=None)
-
 
 def cut_log(folder: Path, checkpoint: Path | None) -> None:
     """Takes the lines after the checkpoint out of the log: these steps are done again."""
     path, last = folder / LOG, step_of(checkpoint) if checkpoint else 0
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= last), encoding="utf-8")
-
-
-def step_of(checkpoint: Path) -> int:
-    """The steps that were done when it was written."""
-    return int(checkpoint.name.removeprefix("checkpoint-"))
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("}\n")]  # a full disk cuts a line short
+        with atomic(path) as partial:
+            partial.write_text("".join(line for line in whole if json.loads(line)["step"] <= last), encoding="utf-8")

@@ -21,7 +21,7 @@ from dpo4rec.alignment.reference import reference_key
 from dpo4rec.alignment.schedule import training_steps
 from dpo4rec.alignment.trainer import PreferenceTrainer
 from dpo4rec.errors import InputError
-from dpo4rec.files import content_hash, stable_seed
+from dpo4rec.files import checkpoints_of, content_hash, stable_seed
 
 logger = logging.getLogger(__name__)
 Built = tuple[PolicyTrainer, Path | None, dict[str, Any]]
@@ -42,7 +42,7 @@ class Start:
     @property
     def folder(self) -> Path:
         """Of the checkpoints."""
-        return self.out.with_name(f".{self.out.name}.checkpoints")
+        return checkpoints_of(self.out)
 
     @cached_property
     def model_settings(self) -> PreTrainedConfig:
@@ -148,7 +148,7 @@ def _identity(config: AlignmentConfig) -> dict[str, Any]:
 def model_settings(model: str) -> PreTrainedConfig:
     """The configuration of a folder or hub name. Raises `InputError` when it cannot be read."""
     try:
-        return AutoConfig.from_pretrained(model)
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(
             f"model {model}", f"it cannot be read ({error})", "Give a folder or a hub name of a causal language model"
@@ -157,6 +157,6 @@ def model_settings(model: str) -> PreTrainedConfig:
 
 def _tokenizer(model: str) -> PreTrainedTokenizerBase | None:
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError):  # a model without one can be trained on ids
         return None

@@ -134,8 +134,8 @@ def _load_base(config: AlignmentConfig, model: str, device: torch.device) -> Pre
         if config.zero_stage < 3:  # ZeRO-3 places the shards by itself
             options["device_map"] = {"": device}
     try:
-        settings = _without_dropout(AutoConfig.from_pretrained(model))
-        return AutoModelForCausalLM.from_pretrained(model, config=settings, dtype=dtype, **options)
+        settings = _without_dropout(AutoConfig.from_pretrained(model, trust_remote_code=False))
+        return AutoModelForCausalLM.from_pretrained(model, config=settings, dtype=dtype, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         raise InputError(
             f"model {model}", f"it cannot be loaded ({error})", "Give a folder or a hub name of a causal language model"

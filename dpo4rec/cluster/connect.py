@@ -101,7 +101,7 @@ def connect(cluster: ClusterConfig, training_workers: int = 0) -> bool:
         return False
     if not can_grow():
         cpus = max(os.cpu_count() or 1, int(needed(cluster, training_workers)["CPU"]) + 1)
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False)
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1")  # nobody else's business
     else:
         try:
             ray.init(log_to_driver=True)

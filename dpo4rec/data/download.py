@@ -63,7 +63,10 @@ def download(dataset: str, folder: Path, base_url: str = BASE_URL) -> None:
         raise InputError(dataset, "is no data set to download", f"Known: {', '.join(FILES)}; the folder is --data")
     if all((folder / name).is_file() for name in FILES[dataset]):
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(str(folder), f"the folder cannot be made ({error.strerror})", "Give another --data") from error
     url, part = f"{base_url}/{dataset}.zip", folder / f"{dataset}.zip.part"
     try:
         _fetch(url, part)

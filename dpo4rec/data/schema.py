@@ -66,9 +66,9 @@ def validate(tables: Tables) -> Tables:
     interactions, items, users = tables.interactions, tables.items, tables.users
     of_interactions, of_items, of_users = tables.places
     for table, place, columns in (
+        (interactions, of_interactions, ("user_id", "item_id")),  # first: users without a file are made of them
         (items, of_items, ("item_id", "title")),
         (users, of_users, ("user_id",)),
-        (interactions, of_interactions, ("user_id", "item_id")),
     ):
         if not table.num_rows:
             raise InputError(place.split(",")[0], "there is not a single row", "Give a file with data")

@@ -85,6 +85,8 @@ class LanguageModelConfig(Settings):
     def _tiny_is_plain(self) -> "LanguageModelConfig":
         if self.name == BUILT_IN and self.quantization != "none":
             raise ValueError("quantization is for hub models: the built-in tiny model has no use for it, set llm.quantization=none")
+        if self.name == BUILT_IN and self.trust_remote_code:
+            raise ValueError("trust_remote_code is for hub models: the built-in tiny model brings no code")
         return self
 
     @property

@@ -1,5 +1,6 @@
 """What the shown part of a history says about a user: the truth that claims are checked against."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from dpo4rec.knowledge.claims import Claim
 
 @dataclass(frozen=True)
 class Item:
-    """An item as prompts and claims see it; `title` is one cleaned line."""
+    """An item as prompts and claims see it; its names are cleaned lines."""
 
     title: str
     genres: tuple[str, ...]
@@ -28,7 +29,9 @@ class Catalogue:
         """`histories` are gone through once; `rated` is whether prompts have ratings to tell."""
         self.rated = rated
         self.items = {
-            row["item_id"]: Item(clean(row["title"]), tuple(row["genres"]), era(row["year"]) if row["year"] else None, tuple(row["people"]))
+            row["item_id"]: Item(
+                clean(row["title"]), _cleaned(row["genres"]), era(row["year"]) if row["year"] else None, _cleaned(row["people"])
+            )
             for row in items.to_pylist()
         }
         seen = Counter(item_id for history in histories for item_id in history)
@@ -49,11 +52,19 @@ class Catalogue:
         }
 
 
+MARK = re.compile(r"<(?=[|｜/a-zA-Z<])|\[(?=/?[A-Z]+(?:_[A-Z]+)*\])")
+"""What begins a control token of a chat template: <|im_end|>, </s>, <start_of_turn>, <<SYS>>, <｜User｜>, [INST], [/INST], [TOOL_CALLS]."""
+
+
 def clean(text: str, longest: int = 80) -> str:
     """Text from data as one line of a prompt: white space joined, control characters dropped, special-token marks broken, cut."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    line = line.replace("<|", "< |").replace("[INST]", "[ INST]").replace("</s>", "< /s>").replace("<s>", "< s>")
+    line = MARK.sub(r"\g<0> ", line)
     return line if len(line) <= longest else line[: longest - 1] + "…"
+
+
+def _cleaned(names: list[str]) -> tuple[str, ...]:
+    return tuple(filter(None, map(clean, names)))
 
 
 def facts(catalogue: Catalogue, item_ids: list[str], ratings: list[float], like_threshold: float) -> list[Claim]:

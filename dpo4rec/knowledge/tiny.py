@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from dpo4rec import files
 from dpo4rec.files import stable_seed
+from dpo4rec.knowledge.checkpoints import Completing, newest_checkpoint
 from dpo4rec.knowledge.claims import OPENINGS
 from dpo4rec.knowledge.config import PromptConfig, TinyConfig
 from dpo4rec.knowledge.facts import Catalogue, facts
@@ -150,7 +150,7 @@ def warm_up(
     torch.manual_seed(stable_seed(seed, "tiny"))
     model = build_model(config, 1024, tokenizer, catalogue.names)
     lessons.tokenizer = tokenizer
-    checkpoints = out.with_name(f".{out.name}.checkpoints")
+    checkpoints = files.checkpoints_of(out)
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         per_device_train_batch_size=config.prompts_per_step,
@@ -161,7 +161,7 @@ def warm_up(
         adam_beta2=0.98,
         weight_decay=0.05,
         save_steps=config.checkpoint_every_steps,
-        save_total_limit=1,
+        save_total_limit=2,  # the older goes before the newer is known to be whole
         logging_steps=50,
         report_to=[],
         disable_tqdm=True,
@@ -170,8 +170,10 @@ def warm_up(
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=False,
     )
-    trainer = WarmUpTrainer(model=model, args=arguments, train_dataset=lessons, data_collator=SharedPromptCollator(tokenizer.pad_token_id))
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
+    collator = SharedPromptCollator(tokenizer.pad_token_id)
+    trainer = WarmUpTrainer(model=model, args=arguments, train_dataset=lessons, data_collator=collator, callbacks=[Completing()])
+    checkpoint = newest_checkpoint(checkpoints)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     with files.atomic(out) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)

@@ -54,7 +54,11 @@ class OnlineReward:
         Raises:
             InputError: the file, or one that it names, is missing or damaged.
         """
-        return cls(OnlineRewardConfig.model_validate(_moved(read_json(path), "..", str(path.resolve().parent / ".."))))
+        return cls(OnlineRewardConfig.model_validate(_moved(read_json(path), ABOVE, str(path.resolve().parents[1]))))
+
+
+ABOVE = "<run folder>"
+"""Stands for the folder above the file's; no path of the user's begins so, as one may with ".."."""
 
 
 def below(rewards: list[float] | None) -> float:
@@ -67,7 +71,7 @@ def below(rewards: list[float] | None) -> float:
 
 def write_settings(config: OnlineRewardConfig, path: Path) -> None:
     """Writes what `OnlineReward.read` reads; files of the folder above the file's are named relative to it."""
-    write_json(_moved(config.model_dump(mode="json"), str(path.resolve().parents[1]), ".."), path)
+    write_json(_moved(config.model_dump(mode="json"), str(path.resolve().parents[1]), ABOVE), path)
 
 
 def _moved(value: Any, old: str, new: str) -> Any:

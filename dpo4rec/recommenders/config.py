@@ -37,6 +37,12 @@ class RecommenderConfig(Settings):
     selection_cutoff: int = Field(5, ge=1, description="k of the NDCG@k that says which epoch is best")
 
     @model_validator(mode="after")
+    def _heads_are_used(self) -> "RecommenderConfig":
+        if self.model == "dlcm" and self.heads != type(self).model_fields["heads"].default:
+            raise ValueError("recommender.heads would be ignored: dlcm has no attention")
+        return self
+
+    @model_validator(mode="after")
     def _heads_divide(self) -> "RecommenderConfig":
         if self.model != "dlcm" and self.hidden_dim % self.heads:
             raise ValueError(f"hidden_dim={self.hidden_dim} is not a multiple of heads={self.heads}")
