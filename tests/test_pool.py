@@ -291,8 +291,8 @@ def test_a_run_that_is_stopped_while_texts_are_scored_ends_the_same(drawn: Path,
 
 
 def test_more_fitting_users_than_there_are_is_an_input_error(micro_run: Path, micro: Path, tmp_path: Path) -> None:
-    shutil.copytree(micro_run / "data", tmp_path / "data")
     run = Run(resolve("quickstart", micro, ["reward.fit_users=60"]), tmp_path)
+    shutil.copytree(micro_run / "data", tmp_path / "data")
     with pytest.raises(InputError, match=r"reward.fit_users: it is 60, and there are 60 training users"):
         run.prepare()
     run.folder.release()
