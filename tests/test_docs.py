@@ -26,6 +26,7 @@ ELSEWHERE = {
     "dpo4rec prepare ml-1m --download": "test_data_download.py, from a local server",
     "dpo4rec prepare |": "test_run.py",
     "dpo4rec export": "test_export.py",
+    "dpo4rec evaluate RUN_DIR --trec": "test_run.py",
     "dpo4rec reproduce": "test_study.py, on a study of simulated users",
 }
 COMMAND = re.compile(r"(?:dpo4rec|make|launchers/|python) ?[a-z0-9./_-]*[^`\n#]*")
