@@ -45,6 +45,9 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except InputError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.echo("interrupted: the same command goes on where it stopped", err=True)
+            raise typer.Exit(130) from None
         except ModuleNotFoundError as error:  # also of package metadata
             remedy = "Install what pyproject.toml lists on every machine of the cluster, or give the job a runtime environment that has it"
             typer.echo(f"error: {error.name}: the package is missing in {sys.executable} on {platform.node()}. {remedy}", err=True)

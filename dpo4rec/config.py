@@ -30,8 +30,9 @@ FREE = (
     "cluster.memory_per_worker_gib",
     "cluster.wait_timeout_seconds",
     "tracking",
+    "sampling.skip_failed_rows",
 )
-"""Keys that say where work runs or who watches, and change no result: a run may be continued with other values."""
+"""Keys that say where work runs, who watches, or whether it goes on without those it fails on: a run may be continued with other values."""
 
 
 class SamplingConfig(Settings):

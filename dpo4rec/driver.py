@@ -131,7 +131,7 @@ class Run(Texts):
             return {**self._judgement(here), **self.failures(here / "scores"), **self._agreement(here)}
 
         inputs = [here / "vectors", here / "recommender", self.item_vectors]
-        settings = {**self.config.reward.model_dump(mode="json", exclude={"fit_users"}), **self.skipping}
+        settings = self.config.reward.model_dump(mode="json", exclude={"fit_users"})
         return self.stage(f"round-{round_}/score", settings, inputs, [here / "scores"], work)
 
     def _draw_and_score(self, round_: int) -> Report:
@@ -150,7 +150,7 @@ class Run(Texts):
 
         inputs = [self.prompts.parent, *policy.files, self.encoder_folder, here / "recommender", self.folds]
         parts = {"sampler": self.sampler_key(sampler), "encoder": config.encoder.model_dump(), "reward": config.reward.model_dump()}
-        return self.stage(f"{name}/score", {**parts, **self.pool_settings(), **self.skipping}, inputs, outs, work)
+        return self.stage(f"{name}/score", {**parts, **self.pool_settings()}, inputs, outs, work)
 
     def _judgement(self, here: Path) -> Report:
         """How many texts of the round are scored, and their mean reward."""

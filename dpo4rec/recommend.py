@@ -132,6 +132,9 @@ class Recommenders:
             known = files.read_parquet(data / ("sequences.parquet" if options.sequential else "users.parquet"))
             learners = known if options.sequential else known.filter(pc.equal(known["split"], "train"))
             of_ours = None if texts is None else texts.filter(pc.is_in(texts["user_id"], known["user_id"].combine_chunks()))
+            if of_ours is not None and not of_ours.num_rows:
+                cause, ours = "none of the users of these texts is in the run", known["user_id"][0].as_py()
+                raise InputError(", ".join(map(str, paths)), cause, f"Give ids as the run has them, for instance {ours}")
             return encode_texts(encoder, files.read_parquet(data / "items.parquet"), of_ours, learners["user_id"].to_pylist())
 
         self.run.stage(f"recommenders/{options.name}/texts", self.config.encoder, [data / "items.parquet", *paths], [folder], work)

@@ -30,7 +30,7 @@ class RunFolder:
 
     Args:
         path: the folder; made if absent.
-        config: the resolved configuration, written to `config.yaml`, or compared with the one there.
+        config: the resolved configuration, written to `config.yaml`, or compared with the one there if any stage was done with that.
         free: dotted keys whose values may differ from the folder's own (they change no result).
         completed: the folder's own configuration with defaults for the keys that were added since it was made.
 
@@ -55,8 +55,8 @@ class RunFolder:
             raise InputError(str(path), "it is no run folder and not empty: stages would replace files of yours", "Give another --run-dir")
         self._lock = files.lock(path)
         files.mend(path)
-        self._keep_config(config, free, completed)
         self.manifest: dict[str, Any] = files.read_json(path / "manifest.json") if (path / "manifest.json").exists() else {"stages": {}}
+        self._keep_config(config, free, completed)
         versions = {name: importlib.metadata.version(name) for name in PACKAGES}
         self.manifest["versions"] = {"dpo4rec": __version__, "python": platform.python_version(), **versions}
 
@@ -66,7 +66,7 @@ class RunFolder:
 
     def _keep_config(self, config: dict[str, Any], free: tuple[str, ...], completed: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         file = self.path / CONFIG
-        if file.exists():
+        if file.exists() and any(entry["state"] == "done" for entry in self.manifest["stages"].values()):  # else it may be corrected
             check_config(completed(read_yaml(file)), config, free, file)
         with files.atomic(file) as partial:
             partial.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")

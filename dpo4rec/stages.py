@@ -65,11 +65,6 @@ class Stages:
         """The part of a stage's key that says how workers compute."""
         return {"threads": self.config.cluster.threads_per_worker}
 
-    @property
-    def skipping(self) -> Report:
-        """The part of a stage's key that says users may be missing."""
-        return {"skip_failed_rows": True} if self.config.sampling.skip_failed_rows else {}
-
     def failures(self, *outs: Path) -> Report:
         """How many users pools have left out of their results, for a stage's report."""
         return {"failed_users": len({user for out in outs for user in files.failed(out)})} if self.config.sampling.skip_failed_rows else {}

@@ -43,7 +43,7 @@ class Texts(Prepared):
             self.stream(f"{name}/sample", [self.sampling_step(sampler, out)], self.prompt_units(users))
             return {**self.describe(out / "samples"), **self.failures(out / "samples")}
 
-        settings = {**self.sampler_key(sampler), "splits": users[1], **self.pool_settings(), **self.skipping}
+        settings = {**self.sampler_key(sampler), "splits": users[1], **self.pool_settings()}
         return self.stage(f"{name}/sample", settings, [self.prompts.parent, *policy.files], [out / "samples"], work)
 
     def encoded_texts(self, name: str, policy: Policy, users: Users, decoding: Decoding, samples: int) -> Report:
@@ -108,7 +108,7 @@ class Texts(Prepared):
             self.stream(f"{name}/encode", [self.encoding_step(out)], Files(out / "samples"))
             return {**self.cut_texts(name), **self.failures(out / "vectors")}
 
-        settings = {**self.config.encoder.model_dump(), **self.pool_settings(), **self.skipping}
+        settings = {**self.config.encoder.model_dump(), **self.pool_settings()}
         return self.stage(f"{name}/encode", settings, [out / "samples", self.encoder_folder], [out / "vectors"], work)
 
     def encoding_step(self, folder: Path, **more: Any) -> Step:

@@ -27,6 +27,7 @@ from dpo4rec.config import resolve
 from dpo4rec.driver import Run
 from dpo4rec.errors import InputError
 from dpo4rec.experiment import Experiment
+from dpo4rec.run_folder import fork
 
 
 def options(micro: Path, *more: str) -> list[str]:
@@ -133,6 +134,32 @@ def test_stages_want_what_comes_before_them(micro_run: Path, micro: Path, tmp_pa
     with pytest.raises(InputError, match=r"samples.*there is no such file"):
         run.pair(0)
     run.folder.release()
+
+
+def test_settings_may_be_corrected_until_a_stage_is_done_by_them(tmp_path: Path) -> None:
+    short = Run(
+        resolve("quickstart", None, ["data.simulation.users=60", "data.history_length=600", "data.list_length=500"]), tmp_path / "run"
+    )
+    with pytest.raises(InputError):
+        short.prepare_data()
+    short.folder.release()
+    run = Run(resolve("quickstart", None, ["data.simulation.users=60"]), tmp_path / "run")
+    assert run.prepare_data()["users"]["train"]
+    run.folder.release()
+    with pytest.raises(InputError, match=r"made with another value of data\.simulation\.users"):
+        Run(resolve("quickstart", None, ["data.simulation.users=61"]), tmp_path / "run")
+
+
+def test_units_without_a_user_to_score_are_nothing_special(micro_run: Path, micro: Path, tmp_path: Path) -> None:
+    """All users of such a unit choose the epoch; with one user a unit some are of that kind."""
+    folder = tmp_path / "run"
+    fork(micro_run, folder, without=("round-0",))
+    run = Run(resolve("quickstart", micro, ["sampling.users_per_unit=1"]), folder)
+    for stage in (run.sample, run.fit, run.score):
+        stage(0)
+    assert run.pair(0)["pairs"] > 0
+    run.folder.release()
+    assert any(not pq.read_metadata(unit).num_rows for unit in (folder / "round-0" / "scores").glob("*.parquet"))
 
 
 def test_a_folder_of_something_else_is_refused_and_left_alone(micro: Path, tmp_path: Path) -> None:

@@ -35,7 +35,11 @@ def read_movielens(dataset: str, folder: Path) -> Tables:
     for name in FILES[dataset]:
         if not (folder / name).is_file():
             files = ", ".join(FILES[dataset])
-            raise InputError(str(folder / name), "there is no such file", f"Put the official {files} into {folder}, or add --download")
+            raise InputError(
+                str(folder / name),
+                "there is no such file",
+                f"Put the official {files} there, or fetch them: dpo4rec prepare {dataset} --download --data {folder}",
+            )
     ratings, movies, people, *genres = (folder / name for name in FILES[dataset])
     if dataset == "ml-1m":
         interactions = _parsed(ratings, lambda line: _rating(line.split("::")))
@@ -71,7 +75,11 @@ def _lines(path: Path) -> list[str]:
     while lines and not lines[-1].strip():
         lines.pop()
     if not lines:
-        raise InputError(str(path), "the file is empty", "Restore the official file, or add --download to a folder without it")
+        raise InputError(
+            str(path),
+            "the file is empty",
+            "Restore the official file, or remove it and fetch it: dpo4rec prepare ml-1m --download --data FOLDER",
+        )
     return [line.removesuffix("\r") for line in lines]
 
 

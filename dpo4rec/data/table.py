@@ -143,4 +143,5 @@ def _read(path: Path, numbers: tuple[str | None, ...], key: str) -> pa.Table:
         kinds = {name: pa.float64() if name in numbers else pa.string() for name in names}
         return pyarrow.csv.read_csv(path, parse_options=parse, convert_options=pyarrow.csv.ConvertOptions(column_types=kinds))
     except (pa.ArrowException, OSError) as error:
-        raise InputError(str(path), f"the file cannot be read ({error})", "Export it again from where it came") from error
+        remedy = "Ratings and timestamps (seconds since 1970) must be numbers; if that is not it, export the file again"
+        raise InputError(str(path), f"the file cannot be read ({error})", remedy) from error

@@ -26,6 +26,8 @@ def read_user_texts(paths: list[Path]) -> pa.Table:
         if path.suffix in (".jsonl", ".json", ".gz"):
             each_record(path, lambda record: _add(record, texts))
             continue
+        if path.suffix == ".csv":
+            raise InputError(str(path), "texts cannot be read from CSV", "Give Parquet, or JSON-lines (.jsonl, .json, .gz)")
         table = read_parquet(path)
         for column in ("user_id", "text"):
             if column not in table.column_names:

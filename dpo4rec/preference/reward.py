@@ -51,6 +51,9 @@ class Scorer:
         folds = self.folds.read(unit["user_id"].to_pylist(), ["user_id", "fold"])
         fold_of = folds["fold"].to_numpy()[_known(unit["user_id"], folds["user_id"])]
         unit, fold_of = unit.filter(pa.array(fold_of >= 0)), fold_of[fold_of >= 0]
+        if not len(unit):  # all of its users choose the epoch
+            nothing = pa.array([], pa.float32())
+            return unit.select(["user_id", "sample"]).append_column("reward", nothing).append_column("standardised", nothing)
         users, vectors = UserLists(self.files.read(unit["user_id"].to_pylist()), unit["user_id"]), matrix(unit["vector"])
         raw = torch.empty(len(unit), self.config.reward.seeds)
         for fold, models in enumerate(self.models):

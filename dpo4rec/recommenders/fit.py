@@ -170,7 +170,8 @@ def _check(
             raise InputError("item and user vectors", widths, "Encode both with the same encoder")
         lacking = user_vectors.isnan().flatten(1).any(1) & (train_users | validation_users)
         if lacking.any():
-            raise InputError(f"user {data.user_ids[int(lacking.int().argmax())]}", "has no text vector", "Encode its texts or leave it out")
+            cause = f"has no text vector, nor have {int(lacking.sum()) - 1} others who are learned from or choose the epoch"
+            raise InputError(f"user {data.user_ids[int(lacking.int().argmax())]}", cause, "Give a text for each of them")
     if (train_users & validation_users).any():
         raise InputError("users", "some are in both the training and the validation mask", "Choose the epoch on other users")
     labels = data.labels[data.lists_of(validation_users)]
