@@ -52,29 +52,25 @@ def test_workers_whose_node_is_lost_wait_for_another_and_say_so(
     units = cut(pa.table({"seconds": [0.1, 0.1, 5.0]}), 1)
     done = [tmp_path / f"{name}.parquet" for name, _ in units]
 
-    def lose_the_node(job: Future[Any]) -> None:
-        node = nodes.add_node(num_cpus=1, num_gpus=1)
-        before = last_unit_begun(tmp_path / "logs")
+    def start_and_lose_the_node(pool: ThreadPoolExecutor, timeout_seconds: float) -> Future[Any]:
+        node, before = nodes.add_node(num_cpus=1, num_gpus=1), last_unit_begun(tmp_path / "logs")
+        cluster = ClusterConfig(kind="ray", workers=1, gpus_per_worker=1, wait_timeout_seconds=timeout_seconds)
+        job = pool.submit(map_units, Sleeper, Settings(), units, tmp_path, cluster, logs=tmp_path / "logs")
         while last_unit_begun(tmp_path / "logs") == before and not job.done():
             time.sleep(0.1)
         nodes.remove_node(node, allow_graceful=False)
-
-    def start(pool: ThreadPoolExecutor, timeout_seconds: float) -> Future[Any]:
-        cluster = ClusterConfig(kind="ray", workers=1, gpus_per_worker=1, wait_timeout_seconds=timeout_seconds)
-        return pool.submit(map_units, Sleeper, Settings(), units, tmp_path, cluster, logs=tmp_path / "logs")
+        return job
 
     try:
         with ThreadPoolExecutor(1) as pool:
-            job = start(pool, timeout_seconds=8)
-            lose_the_node(job)
+            job = start_and_lose_the_node(pool, timeout_seconds=8)
             with pytest.raises(
                 InputError, match=r"after 8 s the Ray cluster is too small: places for 1 of 1 workers \(1 GPU and 1 CPU of each"
             ):
                 job.result()
             assert "nobody is at work, waiting for 1 workers: places for 1 of 1 workers" in capsys.readouterr().err
             assert [path.exists() for path in done] == [True, True, False]
-            job = start(pool, timeout_seconds=120)
-            lose_the_node(job)
+            job = start_and_lose_the_node(pool, timeout_seconds=120)
             while "nobody is at work" not in capsys.readouterr().err and not job.done():
                 time.sleep(0.5)
             nodes.add_node(num_cpus=1, num_gpus=1)
