@@ -26,10 +26,11 @@ ROWS_A_GROUP = 4096
 
 
 @contextlib.contextmanager
-def atomic(path: Path) -> Iterator[Path]:
+def atomic(path: Path, replace: bool = True) -> Iterator[Path]:
     """Yields a temporary name beside `path` (file or folder) and renames it to `path` when the block ends well.
 
-    A crash, of the machine too, leaves `path` as it was, or for a folder what `mend` makes so. Raises `InputError` when the disk is full.
+    A crash, of the machine too, leaves `path` as it was, or for a folder what `mend` makes so. Without `replace`, a folder that another
+    process has put there meanwhile stays. Raises `InputError` when the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, before = path.with_name(f".{path.name}.partial-{os.getpid()}"), path.with_name(f".{path.name}{BEFORE}")
@@ -37,6 +38,8 @@ def atomic(path: Path) -> Iterator[Path]:
     try:
         yield partial
         _to_disk(partial)
+        if path.is_dir() and not replace:
+            return
         if path.is_dir():  # a folder cannot be renamed onto a full one
             remove(before)
             path.rename(before)
@@ -75,12 +78,13 @@ def _to_disk(path: Path) -> None:
 
 
 def lock(folder: Path) -> IO[str]:
-    """Holds a run folder until the file that it returns is closed, or the process ends.
+    """Holds a run folder, which is made if absent, until the file that it returns is closed, or the process ends.
 
     Raises:
         InputError: another process holds it, or it cannot be written.
     """
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         held = (folder / ".lock").open("w")
     except OSError as error:
         raise InputError(str(folder), f"the run folder cannot be made or written ({error.strerror})", "Give another --run-dir") from error

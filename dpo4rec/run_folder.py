@@ -46,12 +46,8 @@ class RunFolder:
         completed: Callable[[dict[str, Any]], dict[str, Any]] = lambda own: own,
     ) -> None:
         self.path = path
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(str(path), f"the run folder cannot be made or written ({error.strerror})", "Give another --run-dir") from error
         begun = any((path / own).exists() for own in (CONFIG, "manifest.json"))
-        if not begun and any(not file.name.startswith(".") for file in path.iterdir()):
+        if not begun and path.is_dir() and any(not file.name.startswith(".") for file in path.iterdir()):
             raise InputError(str(path), "it is no run folder and not empty: stages would replace files of yours", "Give another --run-dir")
         self._lock = files.lock(path)
         files.mend(path)
@@ -161,21 +157,13 @@ def fork(source: Path, target: Path, without: tuple[str, ...] = ()) -> None:
     """
     if target.exists():
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
     if not (source / "manifest.json").exists():
         raise InputError(str(source), "is no run folder to start from", "Run it first, or correct the path")
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    files.remove(partial)
-    hidden = shutil.ignore_patterns(".*")  # locks, checkpoints, what is half written
-    shutil.copytree(source, partial, copy_function=_link, ignore=hidden)
-    for own in (CONFIG, "log.jsonl", "logs", *without):
-        files.remove(partial / own)
-    try:
-        partial.rename(target)
-    except OSError:  # another process was faster, and may be at work there
-        if not target.exists():
-            raise
-        files.remove(partial)
+    with files.atomic(target, replace=False) as partial:
+        hidden = shutil.ignore_patterns(".*")  # locks, checkpoints, what is half written
+        shutil.copytree(source, partial, copy_function=_link, ignore=hidden)
+        for own in (CONFIG, "log.jsonl", "logs", *without):
+            files.remove(partial / own)
 
 
 def _link(source: str, target: str) -> None:

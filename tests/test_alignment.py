@@ -214,6 +214,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(model: str, pairs: Path
     assert killed.returncode == 9, killed.stderr
     assert not (tmp_path / "adapter").exists()
     (tmp_path / ".adapter.checkpoints" / "checkpoint-9").mkdir()  # one that was not finished
+    with (tmp_path / ".adapter.checkpoints" / "training_log.jsonl").open("a") as log:
+        log.write('{"step": 7, "lo')  # a full disk's doing
     read_job(tmp_path).run(tmp_path / "adapter")
     whole = run(model, pairs, tmp_path / "whole", epochs=2, weights=weights)
     assert (tmp_path / "adapter" / "training_log.jsonl").read_text() == (whole / "training_log.jsonl").read_text()

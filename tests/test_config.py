@@ -98,6 +98,15 @@ def test_dry_run_prints_settings_and_stages_and_makes_nothing(tmp_path: Path) ->
     assert not (tmp_path / "r").exists()
 
 
+def test_an_interrupted_command_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: object) -> Config:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dpo4rec.config.resolve", interrupt)
+    done = CliRunner().invoke(app, ["run", "--preset", "quickstart", "--dry-run"])
+    assert (done.exit_code, done.stderr) == (130, "interrupted: the same command goes on where it stopped\n")
+
+
 def test_a_data_folder_may_have_any_name() -> None:
     done = CliRunner().invoke(app, ["run", "--preset", "ml-1m", "--data", "/data/my set #2: é", "--dry-run"])
     assert yaml.safe_load(done.output.split("stages:")[0])["data"]["folder"] == "/data/my set #2: é"

@@ -196,6 +196,18 @@ def test_a_re_ranker_without_a_program_is_refused_before_anything_is_written(mic
     assert not (tmp_path / "OUT").exists()
 
 
+def test_a_folder_of_something_else_is_refused_and_left_alone(micro_run: Path, micro: Path, tmp_path: Path) -> None:
+    shutil.copytree(micro_run, tmp_path / "run")
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    (tmp_path / "mine" / "model" / "weights.bin").touch()
+    run = Run(resolve("quickstart", micro, []), tmp_path / "run")
+    for folder in (tmp_path / "mine", tmp_path / "run"):  # somebody's own; a run folder, which has a manifest of another kind
+        with pytest.raises(InputError, match="no export and not empty"):
+            Export(run, folder)
+    run.folder.release()
+    assert (tmp_path / "mine" / "model" / "weights.bin").exists()
+
+
 def test_an_unfinished_run_is_refused(micro: Path, tmp_path: Path) -> None:
     run = Run(resolve("quickstart", micro, []), tmp_path / "run")
     with pytest.raises(InputError, match="there is no such file"):

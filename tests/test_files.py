@@ -66,6 +66,14 @@ def test_a_folder_replaces_a_folder(tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / "folder").iterdir()] == ["new"]
 
 
+def test_a_folder_that_another_process_made_meanwhile_may_stay(tmp_path: Path) -> None:
+    with atomic(tmp_path / "folder", replace=False) as partial:
+        partial.mkdir()
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "folder" / "theirs").touch()
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["folder", "folder/theirs"]
+
+
 @pytest.mark.parametrize("name", ["a.json", "a.safetensors"])
 def test_damaged_and_missing_files_are_named(tmp_path: Path, name: str) -> None:
     read = read_json if name.endswith("json") else read_tensors

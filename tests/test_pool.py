@@ -188,6 +188,7 @@ def test_a_run_goes_on_without_failing_users_and_counts_them(micro: Path, tmp_pa
     events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert {"round-0/sample"} < {event["stage"] for event in events if event.get("message") == "some users are not to its taste"}
     assert failed(tmp_path / "round-0" / "samples").keys() == {users["train"], users["validation"]}
+    Run(resolve("quickstart", micro, []), tmp_path).folder.release()  # whether users may be left out can be said anew
     assert users["train"] not in read_parquet(tmp_path / "round-0" / "pairs" / "answers.parquet")["user_id"].to_pylist()
     per_user = read_parquet(tmp_path / "evaluation" / "per_user.parquet").to_pandas()
     assert users["test"] not in set(per_user.user_id)

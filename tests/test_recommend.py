@@ -301,6 +301,13 @@ def test_a_user_without_text_is_named(folder: Path, tmp_path: Path) -> None:
     for words in (["prm", "--name", "short"], ["sasrec", "--name", "short-sequential", "--set", "sequential.user_text=true"]):
         said = call("fit", str(folder / "R"), "--model", *words, "--texts", str(tmp_path / "some.jsonl"), status=2)
         assert re.search(r"user u\d+: has no text vector", said)
+    (tmp_path / "others.jsonl").write_text('{"user_id": "nobody", "text": "x"}')
+    said = call("fit", str(folder / "R"), "--model", "prm", "--name", "others", "--texts", str(tmp_path / "others.jsonl"), status=2)
+    assert "none of the users of these texts is in the run" in said
+    (tmp_path / "texts.csv").write_text("user_id,text\nu1,x\n")
+    said = call("fit", str(folder / "R"), "--model", "prm", "--name", "csv", "--texts", str(tmp_path / "texts.csv"), status=2)
+    assert "cannot be read from CSV" in said
+    assert "--model" in call("fit", str(folder / "R"), "--model", "prm", "--set", "recommender.model=dlcm", status=2)
     (tmp_path / "wrong.jsonl").write_text('{"user_id": "u1", "text": 3}')
     said = call("fit", str(folder / "R"), "--model", "prm", "--name", "wrong", "--texts", str(tmp_path / "wrong.jsonl"), status=2)
     assert "line 1" in said
