@@ -11,13 +11,15 @@ from dpo4rec.knowledge.tiny import build_model, build_tokenizer
 TITLES = [f"Film {number}" for number in range(40)]
 
 
-def test_list_heads_find_the_title_just_said_and_the_one_that_follows_it() -> None:
-    genres = ["Comedy", "Drama", "War"]
+@pytest.mark.parametrize("described", [True, False])
+def test_list_heads_find_the_title_just_said_and_the_one_that_follows_it(described: bool) -> None:
+    genres = ["Comedy", "Drama", "War"] if described else []
     rows = [
-        {"item_id": title, "title": title, "genres": genres[: 1 + i % 3], "year": 1950 + i, "people": []} for i, title in enumerate(TITLES)
+        {"item_id": title, "title": title, "genres": genres[: 1 + i % 3], "year": 1950 + i if described else None, "people": []}
+        for i, title in enumerate(TITLES)
     ]
-    catalogue = Catalogue(pa.Table.from_pylist(rows), [TITLES])
-    config = TinyConfig(key_value_heads=4, list_heads=True)
+    catalogue = Catalogue(pa.Table.from_pylist(rows), [TITLES], rated=described)
+    config = TinyConfig(key_value_heads=4, list_heads=True, list_line_tokens=6.5 if described else 2)
     shown = np.random.default_rng(0).permutation(TITLES)[:12].tolist()
     prompt = compose(PromptConfig(role="", request="Preferences:"), catalogue, "", shown, [5.0] * len(shown))
     tokenizer = build_tokenizer(config, catalogue, [prompt])
@@ -42,3 +44,5 @@ def test_list_heads_need_room() -> None:
     for lacking in (two | {"layers": 1}, {"heads": 1, "key_value_heads": 1}, {"key_value_heads": 2}, two | {"hidden_size": 16}):
         with pytest.raises(ValueError, match="list_heads needs"):
             TinyConfig(list_heads=True, **lacking)
+    with pytest.raises(ValueError, match="list_line_tokens is read by list_heads alone"):
+        TinyConfig(list_line_tokens=2)

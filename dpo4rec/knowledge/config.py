@@ -51,10 +51,15 @@ class TinyConfig(Settings):
     list_heads: bool = False
     """Begin with attention that finds the title after the one just said, which writers of lists of titles need; so small a model takes
     several times the prompts to come by it."""
+    list_line_tokens: Annotated[float, Field(ge=2)] = 6.5
+    """About how many tokens lie between the titles of two lines of the prompt, for `list_heads`: mark, title, comma, era and genres are 6
+    or 7; 2 where items have titles alone."""
 
     @model_validator(mode="after")
     def _list_heads_fit(self) -> "TinyConfig":
         if not self.list_heads:
+            if "list_line_tokens" in self.model_fields_set and self.list_line_tokens != TinyConfig.model_fields["list_line_tokens"].default:
+                raise ValueError("list_line_tokens is read by list_heads alone: leave it out, or set list_heads=true")
             return self
         if min(self.layers, self.heads) < 2 or self.key_value_heads != self.heads or self.hidden_size // self.heads < 16:
             raise ValueError("list_heads needs 2 layers and 2 heads or more, key_value_heads = heads, and 16 numbers or more a head")

@@ -26,8 +26,6 @@ from dpo4rec.knowledge.writer import Writer
 END, PADDING = "<|end|>", "<|padding|>"
 IGNORED = -100
 """Label of positions that do not count in the loss."""
-LINE = 6.5
-"""Tokens of a line of the prompt, about: mark, title, comma, era and genres."""
 
 
 def build_tokenizer(config: TinyConfig, catalogue: Catalogue, corpus: list[str]) -> PreTrainedTokenizerFast:
@@ -84,11 +82,11 @@ def build_model(config: TinyConfig, longest: int, tokenizer: PreTrainedTokenizer
             layer.self_attn.o_proj.weight.copy_(by_head.flatten(0, 1).T)
         model.model.norm.weight.fill_(2.0)
         if config.list_heads:
-            _begin_list_heads(model, tokenizer, names["title"])
+            _begin_list_heads(model, tokenizer, names["title"], config.list_line_tokens)
     return model
 
 
-def _begin_list_heads(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, titles: set[str]) -> None:
+def _begin_list_heads(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, titles: set[str], line: float) -> None:
     """Two heads that find the title after the one just said (an induction head, Olsson et al. 2022), and quiet feed-forward nets around.
 
     In the first layer a title of the prompt reads the title before it, a line above, and "Loved" the title just said, two places back,
@@ -106,9 +104,10 @@ def _begin_list_heads(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFas
         """A query that a key of ones at `pairs` answers most so many places back."""
         return torch.cat([(places * turns).cos() * pairs, -(places * turns).sin() * pairs])
 
-    lines, words = (turns > 0.08) & (turns < 0.4), (turns > 0.08) & (turns < 0.6)  # slow enough not to come round within some lines
-    queries = torch.outer(aimed(LINE, lines), read_title) + torch.outer(aimed(2, words), read_opening)
-    keys = torch.outer(torch.cat([words.float(), torch.zeros(half)]), read_title)
+    # fast enough to tell a place from the next, slow enough not to come round within some lines
+    lines, words = (line * turns > 0.52) & (line * turns < 2.6), (turns > 0.08) & (turns < 0.6)
+    queries = torch.outer(aimed(line, lines), read_title) + torch.outer(aimed(2, words), read_opening)
+    keys = torch.outer(torch.cat([(lines | words).float(), torch.zeros(half)]), read_title)
     slow = turns < 1.5e-2  # the pairs that tell alike from unlike however far apart
     slow[-1] = False  # in the last a title answers to "Loved" whatever it has read
     compared = torch.cat([slow, slow])
