@@ -229,7 +229,10 @@ def _explained(error: ValidationError, root: type[Settings] = Config) -> InputEr
         known = _fields(root, path[:-1])
         return InputError(".".join(path), f"there is no such setting{_nearest(path[-1], known)}", f"Known here: {', '.join(known)}")
     cause = first["msg"].removeprefix("Value error, ").rstrip(".")
-    return InputError(".".join(path) or "config", cause, f"It was {str(first['input'])[:200]!r}" if path else "See docs/configuration.md")
+    of_keys_together = isinstance(first["input"], dict)
+    return InputError(
+        ".".join(path) or "config", cause, "See docs/configuration.md" if of_keys_together else f"It was {first['input']!r:.200}"
+    )
 
 
 def _fields(root: type[Settings], path: list[str]) -> list[str]:

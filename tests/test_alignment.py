@@ -5,6 +5,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +206,30 @@ sys.exit(main())
 """
 
 
+class Touches:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+@contextmanager
+def poisoned(checkpoints: Path, name: str) -> Iterator[None]:
+    """For a while, files of this name unpickle to code, which must not run."""
+    shutil.copytree(checkpoints, checkpoints.with_suffix(".clean"))
+    for path in checkpoints.rglob(name):
+        torch.save({"evil": Touches(checkpoints / "ran")}, path)
+    torch.load(path, weights_only=False)
+    (checkpoints / "ran").unlink()  # so it runs where it is let
+    yield
+    assert not (checkpoints / "ran").exists()
+    shutil.rmtree(checkpoints)
+    checkpoints.with_suffix(".clean").rename(checkpoints)
+
+
 @pytest.mark.parametrize("weights", ["lora", "full"])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(model: str, pairs: Path, tmp_path: Path, weights: str) -> None:
     from dpo4rec.alignment.job import read_job, write_job
@@ -216,6 +242,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(model: str, pairs: Path
     (tmp_path / ".adapter.checkpoints" / "checkpoint-9").mkdir()  # one that was not finished
     with (tmp_path / ".adapter.checkpoints" / "training_log.jsonl").open("a") as log:
         log.write('{"step": 7, "lo')  # a full disk's doing
+    with poisoned(tmp_path / ".adapter.checkpoints", "optimizer.pt"), pytest.raises(InputError, match=r"remove .*anew"):
+        read_job(tmp_path).run(tmp_path / "adapter")
     read_job(tmp_path).run(tmp_path / "adapter")
     whole = run(model, pairs, tmp_path / "whole", epochs=2, weights=weights)
     assert (tmp_path / "adapter" / "training_log.jsonl").read_text() == (whole / "training_log.jsonl").read_text()

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 import ray
 from safetensors.torch import load_file
-from test_alignment import KILLED, SETTINGS, make_model, make_rows, steps_of
+from test_alignment import KILLED, SETTINGS, make_model, make_rows, poisoned, steps_of
 
 from dpo4rec.alignment.config import AlignmentConfig
 from dpo4rec.alignment.job import read_job, write_job
@@ -79,6 +79,11 @@ def test_any_number_of_processes_goes_on_where_others_were_killed(
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(killed)]
     died = subprocess.run([*torchrun, str(tmp_path / "killed.py"), str(round_), "--zero", str(stage)], capture_output=True, text=True)
     assert "exitcode  : 9" in died.stderr, died.stderr
+    if stage:
+        with poisoned(round_ / ".adapter.checkpoints", "*_optim_states.pt"):
+            refused = launch(round_, "--num-processes", going_on, "--zero", stage)
+        assert refused.returncode
+        assert "the training begins anew" in refused.stdout + refused.stderr
     done = launch(round_, "--num-processes", going_on, "--zero", stage)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resuming from" in done.stdout + done.stderr

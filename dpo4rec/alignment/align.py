@@ -18,7 +18,7 @@ from dpo4rec.alignment.policy_trainer import PolicyTrainer
 from dpo4rec.alignment.tracking import tracker_of
 from dpo4rec.errors import InputError
 from dpo4rec.files import atomic, content_hash, remove, write_json
-from dpo4rec.knowledge.checkpoints import step_of
+from dpo4rec.knowledge.checkpoints import step_of, train
 
 
 def align(
@@ -54,8 +54,8 @@ def align(
         tracking: a tracker that is told every line of the log; TensorBoard's files go to the folder `tracking` beside `out`.
 
     Raises:
-        InputError: pairs, model or adapter cannot be used, `online` is not what the method needs, the tracker is not installed, or
-            the number of processes is not the configured one.
+        InputError: pairs, model, adapter or checkpoint cannot be used, `online` is not what the method needs, the tracker is not
+            installed, or the number of processes is not the configured one.
         RuntimeError: training went wrong (see `check_step`) or `out` does not hold what was trained.
     """
     _check_processes(config)
@@ -71,7 +71,7 @@ def align(
     if tracking != "none":
         trainer.args.run_name = f"{out.absolute().parent.parent.name}/{out.absolute().parent.name}"  # run folder and round
         trainer.add_callback(tracker_of(tracking, out.parent / "tracking"))
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    train(trainer, checkpoint)
     summary |= {"pairs_hash": content_hash(pairs), "resumed_from": step_of(checkpoint) if checkpoint else 0}
     _finish(trainer, out, summary, start.tokenizer if config.weights == "full" else None)
 

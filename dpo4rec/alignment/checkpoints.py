@@ -2,16 +2,20 @@
 
 import json
 import logging
+import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.checkpoint.ds_to_universal import main as convert
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from dpo4rec.files import atomic, read_json, remove, write_json
-from dpo4rec.knowledge.checkpoints import COMPLETE, Completing, newest_checkpoint, step_of
+from dpo4rec.knowledge.checkpoints import COMPLETE, Completing, newest_checkpoint, step_of, weights_alone
 
 logger = logging.getLogger(__name__)
 LOG = "training_log.jsonl"
@@ -30,8 +34,15 @@ def prepare_folder(folder: Path, job: dict[str, Any], arguments: TrainingArgumen
     if checkpoint:
         logger.warning("resuming from %s", checkpoint)
         if arguments.deepspeed:
+            _load_weights_only()
             _fit_processes(checkpoint, arguments)
     return checkpoint
+
+
+def _load_weights_only() -> None:
+    """DeepSpeed would unpickle whatever its checkpoints hold; torch refuses all but tensors, plain values and these."""
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])
 
 
 def _fit_processes(checkpoint: Path, arguments: TrainingArguments) -> None:
@@ -41,7 +52,7 @@ def _fit_processes(checkpoint: Path, arguments: TrainingArguments) -> None:
         return
     logger.warning("%s is of %d processes and is converted for %d", checkpoint, saved, arguments.world_size)
     step = (checkpoint / "latest").read_text(encoding="utf-8").strip()
-    with arguments.main_process_first(local=False, desc="universal checkpoint"):
+    with arguments.main_process_first(local=False, desc="universal checkpoint"), weights_alone(checkpoint):
         if arguments.process_index == 0 and not (checkpoint / "latest_universal").exists():
             remove(checkpoint / f"{step}_universal")
             convert(

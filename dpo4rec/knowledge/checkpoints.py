@@ -1,11 +1,15 @@
 """Which of a Trainer's checkpoints are whole: it has no mark of its own, and takes the newest, be it half written."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from dpo4rec.errors import InputError
 from dpo4rec.files import write_json
 
 COMPLETE = "complete"
@@ -30,3 +34,28 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def step_of(checkpoint: Path) -> int:
     """The steps that were done when it was written."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+@contextmanager
+def weights_alone(checkpoint: Path | None) -> Iterator[None]:
+    """What torch refuses to load from a checkpoint is the user's to look at.
+
+    Raises:
+        InputError: the checkpoint holds more than weights, or is damaged; nothing of it was run.
+    """
+    try:
+        yield
+    except UnpicklingError as error:
+        cause = "it holds what no checkpoint of a training holds, or is damaged, and was not loaded"
+        remedy = f"Find out who could write there, then remove {checkpoint and checkpoint.parent}: the training begins anew"
+        raise InputError(str(checkpoint), cause, remedy) from error
+
+
+def train(trainer: Trainer, checkpoint: Path | None) -> None:
+    """Trains to the end, from the checkpoint's step on if there is one.
+
+    Raises:
+        InputError: see `weights_alone`.
+    """
+    with weights_alone(checkpoint):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from dpo4rec import files
 from dpo4rec.files import stable_seed
-from dpo4rec.knowledge.checkpoints import Completing, newest_checkpoint
+from dpo4rec.knowledge.checkpoints import Completing, newest_checkpoint, train
 from dpo4rec.knowledge.claims import OPENINGS
 from dpo4rec.knowledge.config import PromptConfig, TinyConfig
 from dpo4rec.knowledge.facts import Catalogue, facts
@@ -171,8 +171,7 @@ def warm_up(
     )
     collator = SharedPromptCollator(tokenizer.pad_token_id)
     trainer = WarmUpTrainer(model=model, args=arguments, train_dataset=lessons, data_collator=collator, callbacks=[Completing()])
-    checkpoint = newest_checkpoint(checkpoints)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    train(trainer, newest_checkpoint(checkpoints))
     with files.atomic(out) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
