@@ -69,6 +69,7 @@ def run(
     cluster: Cluster = None,
     set_: Settings = None,
     dry_run: Annotated[bool, typer.Option(help="print the resolved settings and the stages, and stop")] = False,
+    correct: Annotated[bool, typer.Option(help="settings of the folder may change: what depends on them is removed and made anew")] = False,
 ) -> None:
     """The whole job: rounds, evaluation, result table. Running it again continues or skips what is done."""
     folder = run_dir or Path("runs") / (preset or "run")
@@ -81,7 +82,7 @@ def run(
         from dpo4rec.preflight import asked
 
         check(asked(resolved, folder))
-    with _open(resolved, folder) as job:
+    with _open(resolved, folder, correct) as job:
         job.rounds()
         _evaluate_rounds(job)
     typer.echo(f"Run folder: {folder}")
@@ -385,13 +386,13 @@ def _resolved(
 
 
 @contextlib.contextmanager
-def _open(config: "Config", folder: Path) -> "Iterator[Run]":
+def _open(config: "Config", folder: Path, correct: bool = False) -> "Iterator[Run]":
     from dpo4rec.driver import Run
     from dpo4rec.report.progress import ProgressDisplay
 
     display = ProgressDisplay()
     try:
-        job = Run(config, folder, display)
+        job = Run(config, folder, display, correct)
         yield job
         job.folder.release()
     finally:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from dpo4rec.alignment.config import AlignmentConfig, Tracking
+from dpo4rec.alignment.config import AGAINST_ALL, AlignmentConfig, Tracking
 from dpo4rec.cluster.config import ClusterConfig
 from dpo4rec.data.config import DataConfig
 from dpo4rec.data.retrieved import RetrievedConfig
@@ -105,6 +105,13 @@ class Config(Settings):
         if self.reward.kind == "log_likelihood" and self.recommender.loss == "softmax":
             raise ValueError(
                 "reward.kind=log_likelihood needs recommender.loss=bce: a softmax over a list leaves the level of its logits free"
+            )
+        if self.alignment.noise in ("epsilon_column", "margin_column"):
+            raise ValueError(f"alignment.noise={self.alignment.noise} reads a column of the pairs that a run does not write: use epsilon")
+        if self.alignment.objective in AGAINST_ALL and not self.pairs.malformed_pair:
+            raise ValueError(
+                f"alignment.objective={self.alignment.objective} sets a text against several rejected ones, and without "
+                "pairs.malformed_pair a run's texts have one each, for which it is sigmoid: use that"
             )
         if self.alignment.method != "preference":
             unread = self.pairs.model_dump(exclude_defaults=True).keys() - {"format_gate"}

@@ -38,14 +38,15 @@ class Run(Texts):
         config: the resolved configuration.
         path: the run folder.
         announce: called with (stage, finished units, all units, folder of their files) for a progress display.
+        correct: as of `RunFolder`.
 
     Raises:
         InputError: the folder is in use or belongs to another configuration, or the tracker is not installed.
     """
 
-    def __init__(self, config: Config, path: Path, announce: Announce = lambda *_: None) -> None:
+    def __init__(self, config: Config, path: Path, announce: Announce = lambda *_: None, correct: bool = False) -> None:
         check_tracking(config.tracking)
-        super().__init__(config, path, announce)
+        super().__init__(config, path, announce, correct)
 
     def rounds(self) -> None:
         """The method: every round asks the recommender what it thinks of the language model's texts, and aligns the model to it."""
@@ -212,7 +213,8 @@ class Run(Texts):
                 from dpo4rec.alignment.ray_train import align_on_ray
 
                 start_ray(config.cluster, config.alignment.workers)
-                align_on_ray(job, config.alignment.workers, tracking=config.tracking)
+                wait = config.cluster.wait_timeout_seconds
+                align_on_ray(job, config.alignment.workers, tracking=config.tracking, wait_seconds=wait)
             else:
                 read_job(here).run(here / "adapter", config.tracking)
             return {"by": "driver"}

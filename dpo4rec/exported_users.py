@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from dpo4rec import files
 from dpo4rec.cluster.pool import cut
 from dpo4rec.cluster.units import Files
-from dpo4rec.driver import Run
+from dpo4rec.driver import Run, left_out
 from dpo4rec.files import read_parquet
 from dpo4rec.knowledge.config import Decoding
 from dpo4rec.stages import Report
@@ -34,7 +34,8 @@ def write_users(
         new_prompts: of new users, or of old users who have done more.
 
     Returns:
-        How many rows there are now, were kept as they were, were taken from the run, and written by the policy.
+        How many rows there are now, were kept as they were, were taken from the run, and written by the policy; and, where a run may go on
+        without them (`sampling.skip_failed_rows`), users on whom it fails, who get none.
     """
     ours, given = _hashes(prompts), {} if new_prompts is None else _hashes(new_prompts)
     wanted = {user: hash_ for user, hash_ in ours.items() if user not in table.hashes and user not in given}
@@ -42,7 +43,7 @@ def write_users(
     kept = len(table.hashes.keys() - wanted.keys())
     as_ours = {user for user, hash_ in wanted.items() if ours.get(user) == hash_}
     reused = {user for folder in drawn for user in _users(folder)} & as_ours
-    asked = wanted.keys() - reused
+    asked, failed = wanted.keys() - reused, set[str]()
     if wanted:
         sources = [(folder, reused) for folder in drawn]
         if asked:
@@ -50,17 +51,26 @@ def write_users(
             questions = pa.concat_tables([_of(prompts, asked - given.keys()), *of_given])
             work = _work_folder(table, {user: wanted[user] for user in questions["user_id"].to_pylist()})
             _draw(run, questions, decoding, work)
-            sources.append((work, set(asked)))
+            failed = left_out([work / "vectors"])
+            asked -= failed
+            wanted = {user: hash_ for user, hash_ in wanted.items() if user not in failed}
+            sources.append((work, asked))
         table.replace(wanted, (texts for folder, users in sources for texts in _texts(folder, users)))
     _remove_work(table)
-    return {"rows": len(table.hashes), "kept": kept, "reused": len(reused), "written": len(asked)}
+    return {
+        "rows": len(table.hashes),
+        "kept": kept,
+        "reused": len(reused),
+        "written": len(asked),
+        **({"failed_users": len(failed)} if failed else {}),
+    }
 
 
 def _draw(run: Run, questions: pa.Table, decoding: Decoding, folder: Path) -> None:
     """Texts and vectors into the folder; units that an interrupted export has finished are kept."""
     sampler = run.sampler(PURPOSE, run.policy(run.config.rounds), decoding, 1)
-    run.stream("export/sample", [run.sampling_step(sampler, folder, skip_failed=False)], cut(questions, run.config.sampling.users_per_unit))
-    run.stream("export/encode", [run.encoding_step(folder, skip_failed=False)], Files(folder / "samples"))
+    run.stream("export/sample", [run.sampling_step(sampler, folder)], cut(questions, run.config.sampling.users_per_unit))
+    run.stream("export/encode", [run.encoding_step(folder)], Files(folder / "samples"))
 
 
 def _work_folder(table: UserTable, hashes: dict[str, str]) -> Path:
@@ -90,13 +100,16 @@ def _of(prompts: pa.Table, users: set[str]) -> pa.Table:
 
 
 def _users(folder: Path) -> list[str]:
-    return read_parquet(folder / "samples", ["user_id"])["user_id"].unique().to_pylist()
+    """Those who have text and vector there."""
+    return sorted(set(read_parquet(folder / "samples", ["user_id"])["user_id"].to_pylist()) - left_out([folder / "vectors"]))
 
 
 def _texts(folder: Path, users: set[str]) -> Iterator[pa.Table]:
     """The first text of each of the users that the folder has: user_id, text, vector; a table a unit."""
-    for path in sorted((folder / "samples").glob("*.parquet")):
+    failed = pa.array(sorted(left_out([folder / "vectors"])), pa.string())
+    for path in (path for path in sorted((folder / "samples").glob("*.parquet")) if not files.is_empty(path)):
         samples = read_parquet(path, ["user_id", "sample", "text"])
+        samples = samples.filter(pc.invert(pc.is_in(samples["user_id"], failed)))
         vectors = read_parquet(folder / "vectors" / path.name, ["user_id", "sample", "vector"])
         if not samples.select(["user_id", "sample"]).equals(vectors.select(["user_id", "sample"])):
             raise files.corrupted(folder / "vectors" / path.name, ValueError("its rows are not those of the texts"))

@@ -93,6 +93,10 @@ def lock(folder: Path) -> IO[str]:
     except BlockingIOError as error:
         held.close()
         raise InputError(str(folder), "another process is running in this folder", "Wait for it, or give another --run-dir") from error
+    except OSError as error:  # of network file systems, which may be mounted without
+        held.close()
+        cause = f"its file system has no locks ({error.strerror}), so two runs could spoil each other's files"
+        raise InputError(str(folder), cause, "Mount it with locks (Lustre: the option flock), or give a --run-dir elsewhere") from error
     return held
 
 
@@ -208,7 +212,7 @@ def matrix(column: pa.ChunkedArray) -> Tensor:
 
 
 def missing(path: Path) -> InputError:
-    return InputError(str(path), "there is no such file", "Run the stage that makes it first, or correct the path")
+    return InputError(str(path), "there is no such file", "Run the stage that makes it, put it back, or correct the path")
 
 
 def corrupted(path: Path, error: Exception) -> InputError:

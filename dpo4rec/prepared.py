@@ -24,14 +24,11 @@ from dpo4rec.stages import Report, Stages
 
 @dataclass(frozen=True)
 class Policy:
-    """A language model as files: base model (folder or hub name) and adapter folder."""
+    """A language model: base model (folder or hub name), adapter folder, and the folders on whose content its texts depend."""
 
     source: str
     adapter: Path | None
-
-    @property
-    def files(self) -> list[Path]:
-        return [path for path in (Path(self.source), self.adapter) if path is not None and path.is_dir()]
+    files: list[Path]
 
 
 class Prepared(Stages):
@@ -40,20 +37,32 @@ class Prepared(Stages):
     def policy(self, round_: int) -> Policy:
         """The policy that round `round_` samples from: the base model in round 0, then what the round before has aligned."""
         base = str(self.folder / "language_model") if self.config.llm.built_in else self.config.llm.name
+        of_base = [Path(base)] if self.config.llm.built_in or self._is_folder(base) else []
         if round_ == 0:
-            return Policy(base, None)
+            return Policy(base, None, of_base)
         aligned = self.folder / f"round-{round_ - 1}" / "adapter"
-        return Policy(base, aligned) if self.config.alignment.weights == "lora" else Policy(str(aligned), None)
+        if self.config.alignment.weights == "full":
+            return Policy(str(aligned), None, [aligned])
+        return Policy(base, aligned, [*of_base, aligned])
+
+    def _is_folder(self, name: str) -> bool:
+        """Else it is a name on the hub. What was a folder when prompts were made is one: if it is gone, texts are no other model's."""
+        made_with = self.folder.manifest["stages"].get("prompts", {}).get("inputs", [])
+        return Path(name).is_dir() or Path(name).name in made_with
 
     # -- data ---------------------------------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> Report:
         """The source's files, brought into one schema, split and cut into lists."""
         config, data = self.config.data, self.folder / "data"
-        work, read = partial(prepare, config, self.config.data_seed), source_files(config)
+        work, read = partial(prepare, config, self.config.data_seed), self.source_files(data)
         if inside := [str(file) for file in read if file.resolve().is_relative_to(data.resolve())]:
             raise InputError(inside[0], "the run would replace it: its own data go there", "Move it out of the run folder's data/")
         return self.stage("prepare", config, read, [data], lambda: into(data, work))
+
+    def source_files(self, made: Path) -> list[Path]:
+        """What `made` is made of. While it is not there, its reader has the better words for a file that is missing."""
+        return [file for file in source_files(self.config.data) if made.exists() or file.is_file()]
 
     def warm_up(self) -> Report:
         """The built-in language model."""

@@ -11,7 +11,6 @@ import pyarrow.compute as pc
 from dpo4rec import files
 from dpo4rec.data.retrieved import CANDIDATES, prepare_retrieved, read_candidates
 from dpo4rec.data.sequences import prepare_sequences
-from dpo4rec.data.sources import source_files
 from dpo4rec.driver import Run
 from dpo4rec.errors import InputError
 from dpo4rec.files import stable_seed
@@ -70,7 +69,11 @@ class Recommenders:
         return finished, others
 
     def _is_finished(self, fit: FitFolder) -> bool:
-        return self.run.is_done(*self._stage_of(fit, self.data_of(fit.options.protocol)))
+        try:
+            data = self.data_of(fit.options.protocol)
+        except InputError:  # what it was fitted on cannot be made at the moment
+            return False
+        return self.run.is_done(*self._stage_of(fit, data))
 
     def _stage_of(self, fit: FitFolder, data: Path) -> tuple[str, Report, list[Path], list[Path]]:
         """Name, settings, inputs and outputs of the stage that makes the models."""
@@ -94,7 +97,7 @@ class Recommenders:
         self.run.stage(
             "sequences",
             {"data": config.data.model_dump(mode="json"), **config.sequences.model_dump()},
-            source_files(config.data),
+            self.run.source_files(out),
             [out],
             lambda: into(out, lambda folder: prepare_sequences(config.data, config.sequences, config.data_seed, folder)),
         )

@@ -33,6 +33,7 @@ class RunFolder:
         config: the resolved configuration, written to `config.yaml`, or compared with the one there if any stage was done with that.
         free: dotted keys whose values may differ from the folder's own (they change no result).
         completed: the folder's own configuration with defaults for the keys that were added since it was made.
+        correct: take the configuration whatever the folder's own is; stages whose settings have changed will be made anew.
 
     Raises:
         InputError: another run holds the folder, it belongs to another configuration, or it holds what no run has made.
@@ -44,6 +45,7 @@ class RunFolder:
         config: dict[str, Any],
         free: tuple[str, ...] = (),
         completed: Callable[[dict[str, Any]], dict[str, Any]] = lambda own: own,
+        correct: bool = False,
     ) -> None:
         self.path = path
         begun = any((path / own).exists() for own in (CONFIG, "manifest.json"))
@@ -52,17 +54,23 @@ class RunFolder:
         self._lock = files.lock(path)
         files.mend(path)
         self.manifest: dict[str, Any] = files.read_json(path / "manifest.json") if (path / "manifest.json").exists() else {"stages": {}}
-        self._keep_config(config, free, completed)
+        self._keep_config(config, free, completed, correct)
         versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-        self.manifest["versions"] = {"dpo4rec": __version__, "python": platform.python_version(), **versions}
+        versions = {"dpo4rec": __version__, "python": platform.python_version(), **versions}
+        if (before := self.manifest.get("versions", versions)) != versions:
+            self.log("other versions", before=before, now=versions)
+        self.manifest["versions"] = versions
 
     def release(self) -> None:
         """Lets another driver take the folder."""
         self._lock.close()
 
-    def _keep_config(self, config: dict[str, Any], free: tuple[str, ...], completed: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    def _keep_config(
+        self, config: dict[str, Any], free: tuple[str, ...], completed: Callable[[dict[str, Any]], dict[str, Any]], correct: bool
+    ) -> None:
         file = self.path / CONFIG
-        if file.exists() and any(entry["state"] == "done" for entry in self.manifest["stages"].values()):  # else it may be corrected
+        done = any(entry["state"] == "done" for entry in self.manifest["stages"].values())
+        if file.exists() and done and not correct:
             check_config(completed(read_yaml(file)), config, free, file)
         with files.atomic(file) as partial:
             partial.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
@@ -138,7 +146,9 @@ def check_config(own: dict[str, Any], config: dict[str, Any], free: tuple[str, .
     """Raises `InputError` when `own`, which stands in `file`, has another value than `config` of a key that is not in `free`."""
     if differing := sorted(set(_differing(own, config)) - set(free)):
         raise InputError(
-            str(file), f"this run folder was made with another value of {', '.join(differing)}", "Use the same values, or another --run-dir"
+            str(file),
+            f"this run folder was made with another value of {', '.join(differing)}",
+            "Use the same values, another --run-dir, or `dpo4rec run --correct`, which makes anew what depends on them",
         )
 
 

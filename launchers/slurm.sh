@@ -4,7 +4,7 @@
 #SBATCH --job-name=dpo4rec
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
-#SBATCH --cpus-per-task=8
+#SBATCH --cpus-per-task=16
 #SBATCH --exclusive
 set -euo pipefail
 

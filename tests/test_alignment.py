@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from peft import get_peft_model_state_dict
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
 from dpo4rec.alignment.align import align
@@ -86,6 +87,23 @@ def run(model: str, pairs: Path, out: Path, initial: Path | None = None, **chang
 def plain(model: str, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two epochs of LoRA, alone and uninterrupted: what the others are compared with."""
     return run(model, pairs, tmp_path_factory.mktemp("plain") / "adapter", epochs=2)
+
+
+def test_one_process_trains_on_one_device(model: str, pairs: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a process sees several GPUs the Trainer would cut each batch among them."""
+
+    alone = TrainingArguments.__dict__["_setup_devices"].func
+
+    def see_four(arguments: TrainingArguments) -> torch.device:
+        device: torch.device = alone(arguments)
+        arguments._n_gpu = 4
+        return device
+
+    seen = cached_property(see_four)
+    seen.__set_name__(TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", seen)
+    out = run(model, pairs, tmp_path / "adapter", epochs=2)
+    assert (out / "adapter_model.safetensors").read_bytes() == (plain / "adapter_model.safetensors").read_bytes()
 
 
 TRL: dict[str, dict[str, Any]] = {

@@ -149,6 +149,17 @@ def test_ray_train_agrees_and_hands_errors_back(job: Path) -> None:
         align_on_ray(bad, workers=2, retries=0)
     np.testing.assert_allclose(steps_of(job / "adapter")[:10], steps_of(job / "one")[:10], atol=1e-3)
     assert not (job / ".ray-train").exists()
+    for rank in range(2):
+        assert " on " in (job.parent / "logs" / f"align-{rank}.log").read_text()
+        assert "columns are missing" in (job / "logs" / f"align-{rank}.log").read_text()
+
+
+@pytest.mark.slow
+def test_processes_without_a_place_give_up(job: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "2")
+    request.getfixturevalue("local_ray")
+    with pytest.raises(InputError, match="no place for all of these processes"):
+        align_on_ray(job / "alignment.json", workers=6, wait_seconds=60)
 
 
 @pytest.mark.slow

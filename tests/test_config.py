@@ -73,6 +73,24 @@ def test_help_says_the_defaults_and_all_presets() -> None:
     assert all(preset in words for preset in presets())
 
 
+def test_a_runs_pairs_have_no_columns_of_noise() -> None:
+    for settings in (["objective=smoothed", "noise=epsilon_column"], ["objective=margin", "noise=margin_column"]):
+        with pytest.raises(InputError, match="a column of the pairs that a run does not write"):
+            resolve("quickstart", None, [f"alignment.{setting}" for setting in settings])
+
+
+def test_an_objective_against_several_texts_wants_several() -> None:
+    assert resolve("quickstart", None, ["alignment.objective=softmax"]).pairs.malformed_pair
+    with pytest.raises(InputError, match="one each, for which it is sigmoid"):
+        resolve("ml-1m", None, ["data.folder=ml-1m", "alignment.objective=softmax"])
+
+
+def test_a_wrong_combination_is_told_without_a_dump_of_the_settings() -> None:
+    with pytest.raises(InputError) as caught:
+        resolve("quickstart", None, ["llm.quantization=nf4"])
+    assert str(caught.value).endswith("set llm.quantization=none. See docs/configuration.md")
+
+
 def test_vllm_draws_what_it_can() -> None:
     assert resolve("quickstart", None, ["sampling.engine=vllm", "llm.precision=bf16"]).sampling.engine == "vllm"
     for setting, cause in (("llm.precision=fp32", "llm.precision=bf16"), ("evaluation.temperatures=[3.0]", "not at 3")):

@@ -82,7 +82,7 @@ def test_a_job_waits_for_a_growing_cluster_and_then_gives_up(cluster: Cluster) -
     assert len(lines) == 1
     assert "1 GPU missing" in lines[0]
     with pytest.raises(InputError, match="after 1 s the Ray cluster is too small: 1 GPU missing"):
-        start_ray(ClusterConfig(kind="ray", workers=2, gpus_per_worker=2, wait_timeout_seconds=1), tell=lines.append)
+        start_ray(ClusterConfig(kind="ray", workers=4, gpus_per_worker=1, wait_timeout_seconds=1), tell=lines.append)
 
 
 def test_a_ray_of_our_own_cannot_grow(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,14 +90,14 @@ def test_a_ray_of_our_own_cannot_grow(cluster: Cluster, monkeypatch: pytest.Monk
     monkeypatch.delenv("RAY_ADDRESS")
     lines: list[str] = []
     with pytest.raises(InputError, match="too small"):
-        start_ray(ClusterConfig(kind="ray", gpus_per_worker=8), tell=lines.append)
+        start_ray(ClusterConfig(kind="ray", workers=4, gpus_per_worker=1), tell=lines.append)
     assert not lines
 
 
 def test_a_workers_share_must_lie_on_one_node() -> None:
     nodes = [{"CPU": 8.0, "GPU": 1.0, "memory": 2.0**33}] * 4
     assert not lacking(ClusterConfig(kind="ray", workers=4, gpus_per_worker=1), nodes)
-    assert "places for 2 of 2 workers" in lacking(ClusterConfig(kind="ray", workers=2, gpus_per_worker=2), nodes)["GPU"]
+    assert "places for 2 of 6 workers" in lacking(ClusterConfig(kind="ray", workers=6, gpus_per_worker=0.6), nodes)["GPU"]
     assert lacking(ClusterConfig(kind="ray", workers=8, memory_per_worker_gib=8), nodes) == {"memory": "32.0 GiB memory"}
     assert lacking(ClusterConfig(kind="ray", workers=2), nodes[:1], training_workers=10) == {"CPU": "2 CPU"}
 

@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 
 from dpo4rec import files
+from dpo4rec.cluster.role_log import RoleLog
 from dpo4rec.data.user_rows import UserRows
 from dpo4rec.errors import InputError
 from dpo4rec.files import atomic, batches, content_hash, read_json, read_tensors, stable_seed, write_json, write_tensors
@@ -27,6 +29,20 @@ def test_a_file_is_whole_or_as_before(tmp_path: Path) -> None:
         fail_midway()
     assert read_json(path) == {"kept": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused for a run; a worker's log is then told apart by its process."""
+
+    def flock(file: object, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)  # such a mount is no one's to make
+    with pytest.raises(InputError, match=r"no locks \(Function not implemented\).*the option flock"):
+        files.lock(tmp_path / "run")
+    log = RoleLog(tmp_path / "logs", "sampler")
+    log.close()
+    assert f"-{os.getpid()}.log" in log.name
 
 
 def test_a_full_disk_is_said_and_loses_nothing(tmp_path: Path) -> None:

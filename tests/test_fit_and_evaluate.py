@@ -133,6 +133,9 @@ def test_a_re_ranker_of_other_lists_than_the_present_ones_is_not_measured(run: P
 def test_an_unfinished_retriever_retrieves_nothing(run: Path) -> None:
     remove(run / "recommenders" / "sasrec" / "models" / "seed-1")
     assert "no finished fit" in call("fit", str(run), "--model", "mir", "--lists", "retrieved", status=2)
+    said = call("evaluate", str(run), status=2)
+    assert "recommenders/setrank: not measured" in said
+    assert measured(run, "frozen") == ["prm"]
 
 
 def test_every_re_ranker_is_fitted_and_measured_on_both_kinds_of_lists(run: Path) -> None:

@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 
 from dpo4rec import __version__
 from dpo4rec.cli import app
+from dpo4rec.cluster.config import ClusterConfig
+from dpo4rec.cluster.connect import Resources, lacking
 
 ROOT = Path(__file__).parents[1]
 MANIFEST = yaml.safe_load((ROOT / "ray_jobs" / "rayjob.yaml").read_text())
@@ -45,6 +47,19 @@ def test_the_manifest_asks_for_what_the_run_needs() -> None:
         have = {name: amount + number * int(container["resources"]["limits"][name]) for name, amount in have.items()}
     assert have["cpu"] >= cluster["workers"] + 1
     assert have["nvidia.com/gpu"] == cluster["workers"] * cluster["gpus_per_worker"]
+
+
+def test_the_slurm_line_of_the_docs_has_room() -> None:
+    page = (ROOT / "docs" / "ray.md").read_text()
+    (line,) = re.findall(r"^sbatch .*$", page, re.MULTILINE)
+    words = shlex.split(line)
+    nodes, gpus = (int(word.split("=")[1]) for word in words[1:3])
+    (cpus,) = map(int, re.findall(r"^#SBATCH --cpus-per-task=(\d+)$", (ROOT / "launchers" / "slurm.sh").read_text(), re.MULTILINE))
+    done = CliRunner().invoke(app, ["run", *words[words.index("launchers/slurm.sh") + 1 :], "--dry-run", "--cluster", "ray"])
+    settings = yaml.safe_load(done.output.split("stages:")[0])
+    cluster = ClusterConfig.model_validate(settings["cluster"])
+    have: list[Resources] = [{"CPU": float(cpus), "GPU": float(gpus), "memory": 2.0**38}] * nodes
+    assert not lacking(cluster, have, settings["alignment"]["workers"])
 
 
 def test_all_pods_see_the_runs_folders() -> None:

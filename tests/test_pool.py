@@ -22,6 +22,7 @@ from dpo4rec.config import resolve
 from dpo4rec.driver import Run
 from dpo4rec.errors import InputError
 from dpo4rec.experiment import Experiment
+from dpo4rec.export import Export
 from dpo4rec.files import content_hash, failed, matrix, read_parquet, stable_seed, write_parquet
 from dpo4rec.knowledge.sampling import Sampler, SamplerConfig
 from dpo4rec.preference.reward import Scorer
@@ -182,12 +183,17 @@ def test_a_run_goes_on_without_failing_users_and_counts_them(micro: Path, tmp_pa
     monkeypatch.setattr(FussySampler, "fails_on", set(users.values()))  # one of each split
     run.rounds()
     results = Experiment(run).evaluate()
-    run.folder.release()
     stages = json.loads((tmp_path / "manifest.json").read_text())["stages"]
     assert stages["round-0/sample"]["report"]["failed_users"] == 2
     events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert {"round-0/sample"} < {event["stage"] for event in events if event.get("message") == "some users are not to its taste"}
     assert failed(tmp_path / "round-0" / "samples").keys() == {users["train"], users["validation"]}
+    monkeypatch.setattr(FussySampler, "fails_on", {users["test"]})  # the others get their texts now
+    written = Export(run, tmp_path / "OUT").write(None)["parts"]["users.parquet"]
+    assert (written["failed_users"], written["written"]) == (1, 2)
+    exported = set(read_parquet(tmp_path / "OUT" / "users.parquet")["user_id"].to_pylist())
+    assert set(read_parquet(tmp_path / "data" / "users.parquet")["user_id"].to_pylist()) - exported == {users["test"]}
+    run.folder.release()
     Run(resolve("quickstart", micro, []), tmp_path).folder.release()  # whether users may be left out can be said anew
     assert users["train"] not in read_parquet(tmp_path / "round-0" / "pairs" / "answers.parquet")["user_id"].to_pylist()
     per_user = read_parquet(tmp_path / "evaluation" / "per_user.parquet").to_pandas()

@@ -117,7 +117,7 @@ def test_without_the_token_nothing_is_submitted(head: tuple[str, dict[str, str]]
     assert not (tmp_path / "run").exists()
 
 
-TOO_MANY_GPUS = ("--preset", "quickstart", "--set", "cluster.gpus_per_worker=8")
+TOO_MANY_GPUS = ("--preset", "quickstart", "--set", "cluster.workers=3", "--set", "cluster.gpus_per_worker=1")
 
 
 def test_jobs_that_cannot_run_end_promptly(head: tuple[str, dict[str, str]], tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_jobs_that_cannot_run_end_promptly(head: tuple[str, dict[str, str]], tmp
     path, gpus, package = (log.read_text() for log in logs)
     assert "nowhere is not there on this machine" in path  # a warning before, an error of the job after
     assert "error: cluster: data folder: on " in path
-    assert "after 1 s the Ray cluster is too small: 16 GPU missing" in gpus
+    assert "after 1 s the Ray cluster is too small: 3 GPU missing" in gpus
     assert "error: torch: the package is missing in " in package
     assert not (tmp_path / "run").exists()
 
@@ -147,7 +147,7 @@ def test_cancelled_jobs_end_promptly(head: tuple[str, dict[str, str]], tmp_path:
     logs = [tmp_path / "interrupted", tmp_path / "stopped"]
     jobs = [start(head, log, *TOO_MANY_GPUS, "--run-dir", str(tmp_path / "run")) for log in logs]
     for log, job in zip(logs, jobs, strict=True):
-        while "waiting for the cluster: 16 GPU missing; this ends in" not in log.read_text():
+        while "waiting for the cluster: 3 GPU missing; this ends in" not in log.read_text():
             assert job.poll() is None, log.read_text()
             time.sleep(0.2)
     jobs[0].send_signal(signal.SIGINT)

@@ -119,6 +119,48 @@ def test_a_folder_of_an_older_version_goes_on_with_the_defaults_of_keys_that_wer
     assert yaml.safe_load(file.read_text()) == yaml.safe_load((micro_run / "config.yaml").read_text())
 
 
+def test_what_is_gone_takes_nothing_along(micro_run: Path, micro: Path, tmp_path: Path) -> None:
+    """An adapter that was moved away is no reason to remove the texts that it wrote, nor are raw files for the data made of them."""
+    shutil.copytree(micro_run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "round-0" / "adapter")
+    run = Run(resolve("quickstart", micro, []), tmp_path / "run")
+    with pytest.raises(InputError, match=r"adapter: there is no such file.*put it back"):
+        run.sample(1)
+    run.folder.release()
+    assert fingerprint(tmp_path / "run" / "round-1" / "samples") == fingerprint(micro_run / "round-1" / "samples")
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    tables = {"interactions": ("user_id,item_id,rating,timestamp", [f"u{u},i{(i + u) % 60},5,{i}" for u in range(40) for i in range(30)])}
+    tables["items"] = ("item_id,title", [f"i{i},Title {i}" for i in range(60)])
+    for name, (header, rows) in tables.items():
+        (raw / f"{name}.csv").write_text("\n".join([header, *rows]))
+    table = "data.table={interactions: interactions.csv, items: items.csv}"
+    small = ["data.simulation=null", "data.source=table", f"data.folder={raw}", table, "data.list_length=5", "data.history_length=5"]
+    run = Run(resolve("quickstart", None, small), tmp_path / "table")
+    run.prepare_data()
+    before = fingerprint(tmp_path / "table" / "data")
+    raw.rename(tmp_path / "moved")
+    with pytest.raises(InputError, match=r"interactions.csv: there is no such file.*put it back"):
+        run.prepare_data()
+    assert fingerprint(tmp_path / "table" / "data") == before
+    run.folder.release()
+
+
+def test_settings_are_corrected_on_request(micro_run: Path, micro: Path, tmp_path: Path) -> None:
+    shutil.copytree(micro_run, tmp_path / "run")
+    with pytest.raises(InputError, match=r"another value of alignment.learning_rate.*run --correct"):
+        Run(resolve("quickstart", micro, ["alignment.learning_rate=1e-5"]), tmp_path / "run")
+    words = ["--run-dir", str(tmp_path / "run"), "--set", "alignment.learning_rate=1e-5", "--correct"]
+    done = CliRunner().invoke(app, ["run", *words])
+    assert done.exit_code == 0, done.output
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["alignment"]["learning_rate"] == 1e-5
+    events = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    after = len((micro_run / "log.jsonl").read_text().splitlines())
+    again = {event["stage"] for event in events[after:] if event["event"] == "done"}
+    assert {"round-0/align", "round-1/sample", "evaluation/measure"} <= again
+    assert not again & {"prepare", "prompts", "round-0/sample", "round-0/score", "round-0/pair"}
+
+
 def test_one_driver_at_a_time(micro: Path, tmp_path: Path) -> None:
     first = Run(resolve("quickstart", micro, []), tmp_path)
     with pytest.raises(InputError, match="another process"):

@@ -59,7 +59,9 @@ def training_arguments(
         "disable_tqdm": True,
         "report_to": [],
     }
-    return kind(**(values | more))
+    arguments = kind(**(values | more))
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # of several that one process sees each would get a part of a bin
+    return arguments
 
 
 def deepspeed_file(config: AlignmentConfig) -> Path:

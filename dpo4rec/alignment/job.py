@@ -1,6 +1,11 @@
 """The file by which a driver tells other processes what to align: `alignment.json` in a round's folder."""
 
+import logging
 import os
+import socket
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +19,7 @@ from dpo4rec.files import read_json, write_json
 from dpo4rec.knowledge.config import Decoding
 from dpo4rec.settings import Settings
 
+logger = logging.getLogger(__name__)
 NAME = "alignment.json"
 KEYS = {"config", "model", "initial_adapter", "round_0_adapter", "pairs", "seed", "threads", "online"}
 
@@ -43,12 +49,33 @@ class Job:
     online: OnlineSettings | None
 
     def run(self, out: Path, tracking: Tracking = "none") -> None:
+        """Aligns as one of the processes, whose log is `logs/align-<rank>.log` in the run folder."""
         from dpo4rec.alignment.align import align  # takes seconds to import, which a driver that aligns nothing need not spend
 
         named = self.online
         online = Online(named.decoding, read_reward(named.worker, self.folder / named.settings)) if named else None
         start = (self.config, self.model, self.pairs, self.initial_adapter, self.seed, out, self.threads, self.round_0_adapter)
-        align(*start, online, tracking)
+        with _logged(self.folder.resolve().parent / "logs"):
+            align(*start, online, tracking)
+
+
+@contextmanager
+def _logged(folder: Path) -> Iterator[None]:
+    """What this package logs meanwhile stands in the process's own file, too, and so does the error that ends it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / f"align-{os.environ.get('RANK', '0')}.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+    package = logging.getLogger("dpo4rec")
+    package.addHandler(handler)
+    logger.info("pid %d on %s", os.getpid(), socket.gethostname())
+    try:
+        yield
+    except BaseException:
+        traceback.print_exc(file=handler.stream)  # in the file alone: who called says on the screen what is to be said
+        raise
+    finally:
+        package.removeHandler(handler)
+        handler.close()
 
 
 def write_job(

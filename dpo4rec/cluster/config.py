@@ -18,9 +18,10 @@ class ClusterConfig(Settings):
     """CPU threads of a pool's worker, in both kinds."""
     training_threads: PositiveInt = 2
     """CPU threads of the warm-up and of each alignment process."""
-    gpus_per_worker: NonNegativeFloat = 0
-    """GPUs of each actor that holds a language model, be it of texts or of vectors; recommenders are fitted and score on CPU. Above 0, each
-    process of the alignment has one GPU, too; at 0 it has one where the cluster has enough."""
+    gpus_per_worker: Annotated[float, Field(ge=0, le=1)] = 0
+    """Share of a GPU of each actor that holds a language model, be it of texts or of vectors: the model lies on one GPU, and several actors
+    may share that. Recommenders are fitted and score on CPU. Above 0, each process of the alignment has one GPU, too; at 0 it has one where
+    the cluster has enough."""
     memory_per_worker_gib: Annotated[float, Field(ge=0)] = 0
     """Memory that Ray reserves for each worker, or for the actors of all steps that work at the same time; 0 reserves none."""
     wait_timeout_seconds: NonNegativeFloat = 600

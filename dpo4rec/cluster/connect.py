@@ -44,7 +44,7 @@ def _of_one(cluster: ClusterConfig) -> Resources:
 def lacking(cluster: ClusterConfig, nodes: list[Resources], training_workers: int = 0) -> dict[str, str]:
     """What these nodes lack, by resource; nothing where all workers find a place.
 
-    A worker's share must lie on one node: eight nodes of one GPU have no place for a worker of two.
+    A worker's share must lie on one node: four GPUs have no place for six workers of .6.
     """
     have = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU", "memory")}
     need = needed(cluster, training_workers)

@@ -46,6 +46,7 @@ class RoleLog:
 def _claimed(folder: Path, role: str) -> TextIO:
     """Opens the first log file of the role that is free; it is locked until its worker ends, in whatever way."""
     folder.mkdir(parents=True, exist_ok=True)
+    own = f"{socket.gethostname()}-{os.getpid()}"
     for rank in itertools.count():
         file = (folder / f"{role}-{rank}.log").open("a", encoding="utf-8")
         try:
@@ -53,6 +54,9 @@ def _claimed(folder: Path, role: str) -> TextIO:
             return file
         except BlockingIOError:
             file.close()
+        except OSError:  # a file system without locks: there is no telling whose the files are
+            file.close()
+            return (folder / f"{role}-{own}.log").open("a", encoding="utf-8")
     raise AssertionError  # count() does not end
 
 

@@ -169,6 +169,7 @@ def warm_up(
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=False,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # of several that one process sees each would get a part of a batch
     collator = SharedPromptCollator(tokenizer.pad_token_id)
     trainer = WarmUpTrainer(model=model, args=arguments, train_dataset=lessons, data_collator=collator, callbacks=[Completing()])
     train(trainer, newest_checkpoint(checkpoints))
