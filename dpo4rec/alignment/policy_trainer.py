@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +14,9 @@ from dpo4rec.alignment.checkpoints import LOG
 from dpo4rec.alignment.config import AlignmentConfig
 from dpo4rec.alignment.health import Record, check_step
 from dpo4rec.alignment.policy import Policy, whole_weights, write_policy
+from dpo4rec.alignment.speed import peaks
+
+logger = logging.getLogger(__name__)
 
 
 class PolicyTrainer(Trainer):
@@ -39,11 +43,13 @@ class PolicyTrainer(Trainer):
 
     def facts(self) -> dict[str, Any]:
         """What this trainer adds to `summary.json`."""
-        return {}
+        return {"speed": peaks()}
 
     def write_step(self, record: Record, starts_at_reference: bool = False) -> None:
         """Writes a step's line to the log, tells it to a tracker, and stops a run that has gone wrong, see `check_step`."""
         self.state.log_history = [record]  # the last step: all of them are in the file
+        if record["step"] == 1:  # said at once: whoever runs out of memory later wants to know
+            logger.info("step 1: %s", ", ".join(f"{name} {value}" for name, value in peaks().items()))
         if self.is_world_process_zero():
             with (self.folder / LOG).open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(record) + "\n")

@@ -40,9 +40,7 @@ class Speed:
         (no weight gradients), N the parameters; attention and recomputation do not count. Rates are missing after a single step, MFU on
         unknown devices.
         """
-        found = {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
-        if torch.cuda.is_available():
-            found["peak_gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        found = peaks()
         if self.seconds:
             rate = self.tokens / self.seconds
             found |= {"comparisons_per_second": self.comparisons / self.seconds, "tokens_per_second": rate}
@@ -51,6 +49,14 @@ class Speed:
             if peak:
                 found["mfu"] = rate * self.flops_per_token / (self.processes * peak)
         return {name: round(value, 4) for name, value in found.items()}
+
+
+def peaks() -> dict[str, float]:
+    """The most memory that this process and its GPU have held so far, GiB."""
+    found = {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    if torch.cuda.is_available():
+        found["peak_gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return {name: round(value, 4) for name, value in found.items()}
 
 
 def _peak_flops() -> float | None:
