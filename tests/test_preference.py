@@ -89,6 +89,18 @@ def test_random_orientation_keeps_the_pairs() -> None:
         assert row["chosen"].strip() == "ab"[row["chosen_sample"]]
 
 
+def test_pairs_oriented_by_length_are_the_same_pairs() -> None:
+    samples = texts([(u, s, t, True) for u in "uv" for s, t in enumerate("ab")])
+    lengths = {("u", 0): 3, ("u", 1): 1, ("v", 0): 2, ("v", 1): 2}  # of v neither is longer: the reward decides
+    ids = [[5] * lengths[row["user_id"], row["sample"]] for row in samples.to_pylist()]
+    samples = samples.set_column(samples.column_names.index("token_ids"), "token_ids", pa.array(ids))
+    scored = scores([(u, s, float(s)) for u in "uv" for s in range(2)])
+    longer, other = make_pairs(PairConfig(orientation="length"), PROMPTS, samples, scored, seed=0)[0].to_pylist()
+    assert (longer["user_id"], longer["chosen"], longer["rejected"]) == ("u", " a", " b")
+    assert longer["gap"] == pytest.approx(-0.1)
+    assert (other["user_id"], other["chosen"], other["rejected"]) == ("v", " b", " a")
+
+
 def test_standardised_rewards_have_mean_0_and_deviation_1_within_a_user() -> None:
     raw = torch.tensor([[1.0, 10.0], [3.0, 10.0], [5.0, 10.0], [7.0, 1.0], [9.0, 3.0]])
     result = standardise(raw, torch.tensor([0, 0, 0, 1, 1]))

@@ -44,8 +44,8 @@ class PairConfig(Settings):
 
     That teaches form, and brevity where it is the long texts that miss it.
     """
-    orientation: Literal["reward", "random"] = "reward"
-    """random is the control: the same pairs, each turned by a coin."""
+    orientation: Literal["reward", "random", "length"] = "reward"
+    """The others are controls, of the same pairs: each turned by a coin, or so that the text of more tokens is chosen."""
 
     @model_validator(mode="after")
     def _gate_has_two_sides(self) -> "PairConfig":

@@ -53,6 +53,8 @@ def make_pairs(config: PairConfig, prompts: pa.Table, samples: pa.Table, scores:
     if config.orientation == "random":
         coins = np.random.default_rng(seed).random(len(rows)) < 0.5
         rows = [_turned(row) if coin else row for row, coin in zip(rows, coins, strict=True)]
+    elif config.orientation == "length":
+        rows = [_turned(row) if len(row["chosen_ids"]) < len(row["rejected_ids"]) else row for row in rows]
     report = {"pairs": len(rows), "pairs_below_gap": made - len(rows), **left_out}
     return pa.Table.from_pylist(rows, schema=PAIRS), report
 
