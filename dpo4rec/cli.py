@@ -69,11 +69,13 @@ def run(
     cluster: Cluster = None,
     set_: Settings = None,
     dry_run: Annotated[bool, typer.Option(help="print the resolved settings and the stages, and stop")] = False,
-    correct: Annotated[bool, typer.Option(help="settings of the folder may change: what depends on them is removed and made anew")] = False,
+    start_from: Annotated[
+        Path | None, typer.Option(help="an earlier run's folder: what it has made and these settings do not change is taken over")
+    ] = None,
 ) -> None:
     """The whole job: rounds, evaluation, result table. Running it again continues or skips what is done."""
     folder = run_dir or Path("runs") / (preset or "run")
-    resolved = _resolved(folder, preset, config, data, cluster, set_)
+    resolved = _resolved(start_from or folder, preset, config, data, cluster, set_)
     if dry_run:
         _print_plan(resolved)
         return
@@ -82,7 +84,11 @@ def run(
         from dpo4rec.preflight import asked
 
         check(asked(resolved, folder))
-    with _open(resolved, folder, correct) as job:
+    if start_from:
+        from dpo4rec.run_folder import fork
+
+        fork(start_from, folder, without=("evaluation", "recommenders", "report.html"))  # what is measured is measured anew
+    with _open(resolved, folder) as job:
         job.rounds()
         _evaluate_rounds(job)
     typer.echo(f"Run folder: {folder}")
@@ -386,13 +392,13 @@ def _resolved(
 
 
 @contextlib.contextmanager
-def _open(config: "Config", folder: Path, correct: bool = False) -> "Iterator[Run]":
+def _open(config: "Config", folder: Path) -> "Iterator[Run]":
     from dpo4rec.driver import Run
     from dpo4rec.report.progress import ProgressDisplay
 
     display = ProgressDisplay()
     try:
-        job = Run(config, folder, display, correct)
+        job = Run(config, folder, display)
         yield job
         job.folder.release()
     finally:
@@ -420,7 +426,9 @@ def _print_plan(config: "Config") -> None:
 
 def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would fight the workers'
-    logging.basicConfig(level=logging.WARNING)
+    logging.basicConfig()
+    for handler in logging.getLogger().handlers:  # of the screen: files of logs have more
+        handler.setLevel(logging.WARNING)
     app()
 
 

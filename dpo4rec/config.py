@@ -107,7 +107,8 @@ class Config(Settings):
                 "reward.kind=log_likelihood needs recommender.loss=bce: a softmax over a list leaves the level of its logits free"
             )
         if self.alignment.noise in ("epsilon_column", "margin_column"):
-            raise ValueError(f"alignment.noise={self.alignment.noise} reads a column of the pairs that a run does not write: use epsilon")
+            instead = "epsilon" if self.alignment.noise == "epsilon_column" else "none"
+            raise ValueError(f"alignment.noise={self.alignment.noise} reads a column of the pairs that a run does not write: use {instead}")
         if self.alignment.objective in AGAINST_ALL and not self.pairs.malformed_pair:
             raise ValueError(
                 f"alignment.objective={self.alignment.objective} sets a text against several rejected ones, and without "

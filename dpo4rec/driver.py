@@ -38,15 +38,14 @@ class Run(Texts):
         config: the resolved configuration.
         path: the run folder.
         announce: called with (stage, finished units, all units, folder of their files) for a progress display.
-        correct: as of `RunFolder`.
 
     Raises:
         InputError: the folder is in use or belongs to another configuration, or the tracker is not installed.
     """
 
-    def __init__(self, config: Config, path: Path, announce: Announce = lambda *_: None, correct: bool = False) -> None:
+    def __init__(self, config: Config, path: Path, announce: Announce = lambda *_: None) -> None:
         check_tracking(config.tracking)
-        super().__init__(config, path, announce, correct)
+        super().__init__(config, path, announce)
 
     def rounds(self) -> None:
         """The method: every round asks the recommender what it thinks of the language model's texts, and aligns the model to it."""
@@ -205,16 +204,17 @@ class Run(Texts):
         config, here, policy = self.config, self.folder / f"round-{round_}", self.policy(round_)
 
         def work() -> Report:
-            if aligned_with(here) == content_hash(self._table(round_)):
-                return {"by": "launcher"}  # launchers/align.sh has done it, with these pairs
+            job = files.read_json(here / "alignment.json") if (here / "alignment.json").exists() else {}
+            if aligned_with(here) == content_hash(self._table(round_)) and job.get("config") == config.alignment.model_dump(mode="json"):
+                return {"by": "launcher"}  # launchers/align.sh has done it, with these pairs and settings
             files.remove(here / "adapter")
-            job = self._write_job(round_)
+            file = self._write_job(round_)
             if config.cluster.kind == "ray":
                 from dpo4rec.alignment.ray_train import align_on_ray
 
                 start_ray(config.cluster, config.alignment.workers)
                 wait = config.cluster.wait_timeout_seconds
-                align_on_ray(job, config.alignment.workers, tracking=config.tracking, wait_seconds=wait)
+                align_on_ray(file, config.alignment.workers, tracking=config.tracking, wait_seconds=wait)
             else:
                 read_job(here).run(here / "adapter", config.tracking)
             return {"by": "driver"}

@@ -110,6 +110,8 @@ def _texts(folder: Path, users: set[str]) -> Iterator[pa.Table]:
     for path in (path for path in sorted((folder / "samples").glob("*.parquet")) if not files.is_empty(path)):
         samples = read_parquet(path, ["user_id", "sample", "text"])
         samples = samples.filter(pc.invert(pc.is_in(samples["user_id"], failed)))
+        if not len(samples):
+            continue
         vectors = read_parquet(folder / "vectors" / path.name, ["user_id", "sample", "vector"])
         if not samples.select(["user_id", "sample"]).equals(vectors.select(["user_id", "sample"])):
             raise files.corrupted(folder / "vectors" / path.name, ValueError("its rows are not those of the texts"))

@@ -55,14 +55,15 @@ class Prepared(Stages):
     def prepare_data(self) -> Report:
         """The source's files, brought into one schema, split and cut into lists."""
         config, data = self.config.data, self.folder / "data"
-        work, read = partial(prepare, config, self.config.data_seed), self.source_files(data)
+        work, read = partial(prepare, config, self.config.data_seed), self.source_files("prepare")
         if inside := [str(file) for file in read if file.resolve().is_relative_to(data.resolve())]:
             raise InputError(inside[0], "the run would replace it: its own data go there", "Move it out of the run folder's data/")
         return self.stage("prepare", config, read, [data], lambda: into(data, work))
 
-    def source_files(self, made: Path) -> list[Path]:
-        """What `made` is made of. While it is not there, its reader has the better words for a file that is missing."""
-        return [file for file in source_files(self.config.data) if made.exists() or file.is_file()]
+    def source_files(self, stage: str) -> list[Path]:
+        """What the stage reads, or has read: before that its reader has the better words for a file that is missing."""
+        was_read = self.folder.manifest["stages"].get(stage, {}).get("inputs", [])
+        return [file for file in source_files(self.config.data) if file.is_file() or file.name in was_read]
 
     def warm_up(self) -> Report:
         """The built-in language model."""

@@ -69,11 +69,13 @@ class Recommenders:
         return finished, others
 
     def _is_finished(self, fit: FitFolder) -> bool:
-        try:
-            data = self.data_of(fit.options.protocol)
-        except InputError:  # what it was fitted on cannot be made at the moment
-            return False
-        return self.run.is_done(*self._stage_of(fit, data))
+        if fit.options.protocol == "retrieved":
+            self._sequences()
+            try:
+                self._retrieved()
+            except InputError:  # its retriever is unfinished, or the table of candidates is gone
+                return False
+        return self.run.is_done(*self._stage_of(fit, self.data_of(fit.options.protocol)))
 
     def _stage_of(self, fit: FitFolder, data: Path) -> tuple[str, Report, list[Path], list[Path]]:
         """Name, settings, inputs and outputs of the stage that makes the models."""
@@ -97,7 +99,7 @@ class Recommenders:
         self.run.stage(
             "sequences",
             {"data": config.data.model_dump(mode="json"), **config.sequences.model_dump()},
-            self.run.source_files(out),
+            self.run.source_files("sequences"),
             [out],
             lambda: into(out, lambda folder: prepare_sequences(config.data, config.sequences, config.data_seed, folder)),
         )

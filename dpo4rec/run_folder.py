@@ -33,7 +33,6 @@ class RunFolder:
         config: the resolved configuration, written to `config.yaml`, or compared with the one there if any stage was done with that.
         free: dotted keys whose values may differ from the folder's own (they change no result).
         completed: the folder's own configuration with defaults for the keys that were added since it was made.
-        correct: take the configuration whatever the folder's own is; stages whose settings have changed will be made anew.
 
     Raises:
         InputError: another run holds the folder, it belongs to another configuration, or it holds what no run has made.
@@ -45,7 +44,6 @@ class RunFolder:
         config: dict[str, Any],
         free: tuple[str, ...] = (),
         completed: Callable[[dict[str, Any]], dict[str, Any]] = lambda own: own,
-        correct: bool = False,
     ) -> None:
         self.path = path
         begun = any((path / own).exists() for own in (CONFIG, "manifest.json"))
@@ -54,7 +52,7 @@ class RunFolder:
         self._lock = files.lock(path)
         files.mend(path)
         self.manifest: dict[str, Any] = files.read_json(path / "manifest.json") if (path / "manifest.json").exists() else {"stages": {}}
-        self._keep_config(config, free, completed, correct)
+        self._keep_config(config, free, completed)
         versions = {name: importlib.metadata.version(name) for name in PACKAGES}
         versions = {"dpo4rec": __version__, "python": platform.python_version(), **versions}
         if (before := self.manifest.get("versions", versions)) != versions:
@@ -65,12 +63,9 @@ class RunFolder:
         """Lets another driver take the folder."""
         self._lock.close()
 
-    def _keep_config(
-        self, config: dict[str, Any], free: tuple[str, ...], completed: Callable[[dict[str, Any]], dict[str, Any]], correct: bool
-    ) -> None:
+    def _keep_config(self, config: dict[str, Any], free: tuple[str, ...], completed: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         file = self.path / CONFIG
-        done = any(entry["state"] == "done" for entry in self.manifest["stages"].values())
-        if file.exists() and done and not correct:
+        if file.exists() and any(entry["state"] == "done" for entry in self.manifest["stages"].values()):  # else it may be corrected
             check_config(completed(read_yaml(file)), config, free, file)
         with files.atomic(file) as partial:
             partial.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
@@ -98,7 +93,8 @@ class RunFolder:
             self.log("skipped", stage=name)
             return entry["report"]
         if entry.get("key") != key or (one_piece and entry["state"] == "done"):
-            for path in outputs if entry else []:
+            # without an entry they are another configuration's, in a folder that began as a copy; or a launcher's, of which `work` can tell
+            for path in outputs if entry or not one_piece else []:
                 files.remove(path)
                 files.remove(files.checkpoints_of(path))
             self._record(name, {"key": key, "state": "begun"})
@@ -148,7 +144,7 @@ def check_config(own: dict[str, Any], config: dict[str, Any], free: tuple[str, .
         raise InputError(
             str(file),
             f"this run folder was made with another value of {', '.join(differing)}",
-            "Use the same values, another --run-dir, or `dpo4rec run --correct`, which makes anew what depends on them",
+            "Use the same values, or another --run-dir (`run --start-from` takes over what does not depend on them)",
         )
 
 

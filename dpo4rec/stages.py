@@ -24,15 +24,13 @@ class Stages:
         path: the run folder.
         announce: called with (stage, finished units, all units, folder of their files) for a progress display.
 
-        correct: as of `RunFolder`.
-
     Raises:
         InputError: the folder is in use or belongs to another configuration.
     """
 
-    def __init__(self, config: Config, path: Path, announce: Announce = lambda *_: None, correct: bool = False) -> None:
+    def __init__(self, config: Config, path: Path, announce: Announce = lambda *_: None) -> None:
         self.config, self.announce = config, announce
-        self.folder = RunFolder(path.resolve(), plain(config), FREE, lambda own: plain(config_of(own)), correct)
+        self.folder = RunFolder(path.resolve(), plain(config), FREE, lambda own: plain(config_of(own)))
         torch.set_num_threads(config.cluster.training_threads)
 
     def stage(

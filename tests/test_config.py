@@ -74,8 +74,11 @@ def test_help_says_the_defaults_and_all_presets() -> None:
 
 
 def test_a_runs_pairs_have_no_columns_of_noise() -> None:
-    for settings in (["objective=smoothed", "noise=epsilon_column"], ["objective=margin", "noise=margin_column"]):
-        with pytest.raises(InputError, match="a column of the pairs that a run does not write"):
+    for *settings, instead in (
+        ["objective=smoothed", "noise=epsilon_column", "epsilon"],
+        ["objective=margin", "noise=margin_column", "none"],
+    ):
+        with pytest.raises(InputError, match=f"a column of the pairs that a run does not write: use {instead}"):
             resolve("quickstart", None, [f"alignment.{setting}" for setting in settings])
 
 

@@ -25,7 +25,7 @@ ELSEWHERE = {
     "python benchmarks": "by hand: their results are committed",
     "dpo4rec prepare ml-1m --download": "test_data_download.py, from a local server",
     "dpo4rec prepare |": "test_run.py",
-    "dpo4rec run --run-dir runs/quickstart": "test_run.py, on a folder that is there",
+    "dpo4rec run --start-from": "test_run.py, on a folder that is there",
     "dpo4rec export": "test_export.py",
     "dpo4rec evaluate RUN_DIR --trec": "test_run.py",
     "dpo4rec reproduce": "test_study.py, on a study of simulated users",

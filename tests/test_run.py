@@ -146,19 +146,20 @@ def test_what_is_gone_takes_nothing_along(micro_run: Path, micro: Path, tmp_path
     run.folder.release()
 
 
-def test_settings_are_corrected_on_request(micro_run: Path, micro: Path, tmp_path: Path) -> None:
-    shutil.copytree(micro_run, tmp_path / "run")
-    with pytest.raises(InputError, match=r"another value of alignment.learning_rate.*run --correct"):
-        Run(resolve("quickstart", micro, ["alignment.learning_rate=1e-5"]), tmp_path / "run")
-    words = ["--run-dir", str(tmp_path / "run"), "--set", "alignment.learning_rate=1e-5", "--correct"]
-    done = CliRunner().invoke(app, ["run", *words])
+def test_a_run_starts_from_another_ones_folder(micro_run: Path, micro: Path, tmp_path: Path) -> None:
+    """What the other settings do not change is taken over; the rest is as in a run from nothing."""
+    before, rate = fingerprint(micro_run), ["--set", "alignment.learning_rate=1e-5"]
+    with pytest.raises(InputError, match=r"another value of alignment.learning_rate.*run --start-from"):
+        Run(resolve("quickstart", micro, ["alignment.learning_rate=1e-5"]), micro_run)
+    done = CliRunner().invoke(app, ["run", "--start-from", str(micro_run), "--run-dir", str(tmp_path / "later"), *rate])
     assert done.exit_code == 0, done.output
-    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["alignment"]["learning_rate"] == 1e-5
-    events = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    after = len((micro_run / "log.jsonl").read_text().splitlines())
-    again = {event["stage"] for event in events[after:] if event["event"] == "done"}
-    assert {"round-0/align", "round-1/sample", "evaluation/measure"} <= again
-    assert not again & {"prepare", "prompts", "round-0/sample", "round-0/score", "round-0/pair"}
+    stages = [json.loads(line) for line in (tmp_path / "later" / "log.jsonl").read_text().splitlines()]
+    skipped = {event["stage"] for event in stages if event["event"] == "skipped"}
+    assert {"prepare", "prompts", "round-0/sample", "round-0/score", "round-0/pair"} <= skipped
+    whole = CliRunner().invoke(app, ["run", *options(micro), "--run-dir", str(tmp_path / "whole"), *rate])
+    assert whole.exit_code == 0, whole.output
+    assert fingerprint(tmp_path / "later") == fingerprint(tmp_path / "whole")
+    assert fingerprint(micro_run) == before
 
 
 def test_one_driver_at_a_time(micro: Path, tmp_path: Path) -> None:

@@ -50,12 +50,12 @@ class Job:
 
     def run(self, out: Path, tracking: Tracking = "none") -> None:
         """Aligns as one of the processes, whose log is `logs/align-<rank>.log` in the run folder."""
-        from dpo4rec.alignment.align import align  # takes seconds to import, which a driver that aligns nothing need not spend
-
-        named = self.online
-        online = Online(named.decoding, read_reward(named.worker, self.folder / named.settings)) if named else None
-        start = (self.config, self.model, self.pairs, self.initial_adapter, self.seed, out, self.threads, self.round_0_adapter)
         with _logged(self.folder.resolve().parent / "logs"):
+            from dpo4rec.alignment.align import align  # takes seconds to import, which a driver that aligns nothing need not spend
+
+            named = self.online
+            online = Online(named.decoding, read_reward(named.worker, self.folder / named.settings)) if named else None
+            start = (self.config, self.model, self.pairs, self.initial_adapter, self.seed, out, self.threads, self.round_0_adapter)
             align(*start, online, tracking)
 
 
@@ -67,6 +67,8 @@ def _logged(folder: Path) -> Iterator[None]:
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
     package = logging.getLogger("dpo4rec")
     package.addHandler(handler)
+    level = package.level
+    package.setLevel(logging.INFO)
     logger.info("pid %d on %s", os.getpid(), socket.gethostname())
     try:
         yield
@@ -74,6 +76,7 @@ def _logged(folder: Path) -> Iterator[None]:
         traceback.print_exc(file=handler.stream)  # in the file alone: who called says on the screen what is to be said
         raise
     finally:
+        package.setLevel(level)
         package.removeHandler(handler)
         handler.close()
 

@@ -1,6 +1,7 @@
 """The same alignment in the workers of Ray Train, which starts them anew when one is lost."""
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import ray
 from ray.exceptions import RayActorError
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError  # it has no public name
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError  # no public names
 
 from dpo4rec.alignment.config import Tracking
 from dpo4rec.alignment.job import read_job
@@ -32,7 +33,7 @@ def align_on_ray(
         workers: processes; each takes one GPU if the cluster has so many.
         cpus_per_worker: CPUs that Ray reserves for each.
         tracking: as of `align`.
-        wait_seconds: how long the processes may wait for a place, in whole attempts of Ray Train's (60 s each, at least one).
+        wait_seconds: how long the processes may wait for a place in all, in whole attempts of Ray Train's (60 s each, at least one).
 
     Raises:
         InputError: as `align`, or the processes have found no place, at first or after a node was lost.
@@ -42,7 +43,8 @@ def align_on_ray(
     read_job(folder, workers=workers)  # refuse before processes start
     storage = folder / ".ray-train"
     # by default Ray Train tries for ever to place its processes (mypy sees the class of its first version)
-    failures = FailureConfig(max_failures=retries, controller_failure_limit=int(wait_seconds / START_SECONDS))  # type: ignore[call-arg]
+    attempts = max(1, math.ceil(wait_seconds / START_SECONDS))
+    failures = FailureConfig(max_failures=retries, controller_failure_limit=attempts - 1)  # type: ignore[call-arg]
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"folder": str(folder), "workers": workers, "tracking": tracking},
@@ -65,7 +67,7 @@ def _fit(trainer: TorchTrainer, storage: Path, retries: int) -> None:
             trainer.fit()
             return
         except ControllerError as error:
-            if isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
+            if isinstance(error.controller_failure, WorkerGroupStartupTimeoutError | WorkerGroupStartupFailedError):
                 raise InputError(
                     "alignment.workers",
                     "the Ray cluster had no place for all of these processes for too long (cluster.wait_timeout_seconds)",

@@ -34,7 +34,7 @@ def read_source(config: DataConfig, seed: int) -> Tables:
 
 
 def source_files(config: DataConfig) -> list[Path]:
-    """The files that `read_source` reads, there or not; none for the simulation, and of RecBole's files only those that are there."""
+    """The files that `read_source` reads, there or not; none for the simulation."""
     names: tuple[str | None, ...] = FILES.get(config.source, ())
     if config.table:
         names = (config.table.interactions, config.table.items, config.table.users)
@@ -42,10 +42,7 @@ def source_files(config: DataConfig) -> list[Path]:
         names = (config.amazon.reviews, config.amazon.metadata)
     elif config.steam:
         names = (config.steam.reviews, config.steam.games)
-    files = [config.path(name) for name in names if name]
-    if config.atomic:
-        needed, *others = atomic_files(config.atomic, config.source_folder)
-        files = [needed, *(file for file in others if file.is_file())]
+    files = list(atomic_files(config.atomic, config.source_folder)) if config.atomic else [config.path(name) for name in names if name]
     return [*files, config.path(config.item_texts.file)] if config.item_texts else files
 
 
