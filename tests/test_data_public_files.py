@@ -150,7 +150,7 @@ def test_missing_and_damaged_archives_are_refused(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(InputError, match="no such file"):
         read_source(config, seed=0)
-    assert source_files(config) == [tmp_path / "meta.json.gz"]
+    assert source_files(config) == [file, tmp_path / "meta.json.gz"]  # what it reads, there or not
 
 
 def test_python_lines_are_read_but_never_run(tmp_path: Path) -> None:
