@@ -24,6 +24,7 @@ from dpo4rec.preference.online import OnlineRewardConfig, write_settings
 from dpo4rec.preference.pairs import make_pairs
 from dpo4rec.preference.reward import Scorer, ScorerConfig
 from dpo4rec.recommenders.fitter import FitJob, Fitter, FitterConfig, job_unit
+from dpo4rec.settings import agrees
 from dpo4rec.stages import Announce, Report
 from dpo4rec.texts import Texts, Users, of_splits
 
@@ -131,8 +132,7 @@ class Run(Texts):
             return {**self._judgement(here), **self.failures(here / "scores"), **self._agreement(here)}
 
         inputs = [here / "vectors", here / "recommender", self.item_vectors]
-        settings = self.config.reward.model_dump(mode="json", exclude={"fit_users"})
-        return self.stage(f"round-{round_}/score", settings, inputs, [here / "scores"], work)
+        return self.stage(f"round-{round_}/score", self.config.reward, inputs, [here / "scores"], work)
 
     def _draw_and_score(self, round_: int) -> Report:
         """Sampling, encoding and scoring at the same time: a unit of users is scored while later ones are being sampled."""
@@ -149,7 +149,7 @@ class Run(Texts):
             return {**report, **self.failures(*outs), **self._agreement(here)}
 
         inputs = [self.prompts.parent, *policy.files, self.encoder_folder, here / "recommender", self.folds]
-        parts = {"sampler": self.sampler_key(sampler), "encoder": config.encoder.model_dump(), "reward": config.reward.model_dump()}
+        parts = {"sampler": self.sampler_settings(sampler), "encoder": config.encoder, "reward": config.reward}
         return self.stage(f"{name}/score", {**parts, **self.pool_settings()}, inputs, outs, work)
 
     def _judgement(self, here: Path) -> Report:
@@ -205,7 +205,7 @@ class Run(Texts):
 
         def work() -> Report:
             job = files.read_json(here / "alignment.json") if (here / "alignment.json").exists() else {}
-            if aligned_with(here) == content_hash(self._table(round_)) and job.get("config") == config.alignment.model_dump(mode="json"):
+            if aligned_with(here) == content_hash(self._table(round_)) and agrees(job.get("config"), config.alignment):
                 return {"by": "launcher"}  # launchers/align.sh has done it, with these pairs and settings
             files.remove(here / "adapter")
             file = self._write_job(round_)
@@ -219,7 +219,7 @@ class Run(Texts):
                 read_job(here).run(here / "adapter", config.tracking)
             return {"by": "driver"}
 
-        settings = {"alignment": config.alignment.model_dump(mode="json"), "threads": config.cluster.training_threads}
+        settings = {"alignment": config.alignment, "threads": config.cluster.training_threads}
         inputs = [here / "pairs", *policy.files, *self._reward_files(round_)]
         return self.stage(f"round-{round_}/align", settings, inputs, [here / "adapter"], work, one_piece=True)
 
@@ -266,7 +266,7 @@ class Run(Texts):
             self.stream(f"{name} (fit)", [self.step(Fitter, fitter, out / "fits")], [job_unit(Path(job.out).name, job) for job in jobs])
             return {"fits": read_parquet(out / "fits").to_pylist()}
 
-        settings = {"jobs": [job.model_dump(exclude={"out", "texts"}) for job in jobs], **self.pool_settings()}
+        settings = {"jobs": [job.model_copy(update={"out": "", "texts": []}) for job in jobs], **self.pool_settings()}
         drawn = [self.folds] if self.draws_fitting_users else []  # else all that the table says follows from the jobs and the data
         return self.stage(f"{name}/fit", settings, [*texts, self.folder / "data", self.item_vectors, *drawn], [out], work, one_piece=True)
 

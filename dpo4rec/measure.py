@@ -74,7 +74,7 @@ class Measurement:
             files.write_json(report, out / "summary.json")
             return {"file": f"evaluation/{protocol}/summary.json"}
 
-        settings = {"fits": [fit.options.model_dump(mode="json") for fit in fits], "evaluation": self.run.config.evaluation.model_dump()}
+        settings = {"fits": [fit.options for fit in fits], "evaluation": self.run.config.evaluation}
         inputs = [data, vectors, *(fit.path / "models" for fit in fits)]
         self.run.stage(f"evaluation/{protocol}", settings, inputs, [out], work)
         return files.read_json(out / "summary.json")

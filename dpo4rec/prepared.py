@@ -68,7 +68,7 @@ class Prepared(Stages):
     def warm_up(self) -> Report:
         """The built-in language model."""
         config, tiny, data, out = self.config, self.config.llm.tiny, self.folder / "data", self.folder / "language_model"
-        settings = {"tiny": tiny.model_dump(), "prompt": config.prompt.model_dump(), "threads": config.cluster.training_threads}
+        settings = {"tiny": tiny, "prompt": config.prompt, "threads": config.cluster.training_threads}
 
         def work() -> Report:
             from dpo4rec.knowledge.tiny import warm_up  # the Trainer takes seconds to import
@@ -120,7 +120,7 @@ class Prepared(Stages):
 
     def write_prompts(self) -> Report:
         """Every user's prompt, written part by part; where some users are drawn for fitting, the column `fits` says who."""
-        settings = {"prompt": self.config.prompt.model_dump(), "llm": self.config.llm.name}
+        settings = {"prompt": self.config.prompt, "llm": self.config.llm.name}
         inputs = [self.folder / "data", *self.policy(0).files, *([self.folds] if self.draws_fitting_users else [])]
 
         def work() -> Report:

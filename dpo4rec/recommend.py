@@ -79,7 +79,7 @@ class Recommenders:
 
     def _stage_of(self, fit: FitFolder, data: Path) -> tuple[str, Report, list[Path], list[Path]]:
         """Name, settings, inputs and outputs of the stage that makes the models."""
-        settings = {**fit.options.model_dump(mode="json"), "seeds": self.config.evaluation.seeds, **self.run.pool_settings()}
+        settings = {"fit": fit.options, "seeds": self.config.evaluation.seeds, **self.run.pool_settings()}
         inputs = [data] if fit.texts is None else [data, fit.texts]
         return f"recommenders/{fit.options.name}/fit", settings, inputs, [fit.path / "models"]
 
@@ -98,7 +98,7 @@ class Recommenders:
         config, out = self.config, self.folder / "sequences"
         self.run.stage(
             "sequences",
-            {"data": config.data.model_dump(mode="json"), **config.sequences.model_dump()},
+            {"data": config.data, "sequences": config.sequences},
             self.run.source_files("sequences"),
             [out],
             lambda: into(out, lambda folder: prepare_sequences(config.data, config.sequences, config.data_seed, folder)),
@@ -120,7 +120,7 @@ class Recommenders:
             table = read_candidates(config.retrieved) if given else candidates_of(retriever, sequences, config.retrieved.length)
             return prepare_retrieved(sequences, table.cast(CANDIDATES), config.retrieved, config.data, config.data_seed, folder)
 
-        settings = {**config.retrieved.model_dump(), "data": config.data.model_dump(mode="json")}
+        settings = {"retrieved": config.retrieved, "data": config.data}
         self.run.stage("retrieved", settings, [sequences, *inputs], [out], lambda: into(out, work))
 
     def _encode(self, options: FitOptions, folder: Path, data: Path) -> None:

@@ -1,10 +1,9 @@
 """The run folder: the artifacts of a run on disk, and the manifest that says what was made from what.
 
-A stage is a function from files to files. It runs when its key (settings, seed, content of its inputs) or the content of its output
-differs from the manifest's; otherwise it is skipped. Running again is resuming.
+A stage is a function from files to files. It runs when its settings, its seed, or the content of its inputs or its output differ from the
+manifest's; otherwise it is skipped. Running again is resuming.
 """
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -20,6 +19,7 @@ import yaml
 from dpo4rec import __version__, files
 from dpo4rec.errors import InputError
 from dpo4rec.files import content_hash
+from dpo4rec.settings import agrees, as_json
 
 CONFIG = "config.yaml"
 PACKAGES = ("torch", "transformers", "peft", "trl", "ray", "deepspeed", "bitsandbytes", "numpy", "pyarrow", "scikit-learn")
@@ -76,7 +76,7 @@ class RunFolder:
     def stage(
         self,
         name: str,
-        settings: dict[str, Any],
+        settings: Any,
         inputs: list[Path],
         outputs: list[Path],
         work: Callable[[], dict[str, Any] | None],
@@ -84,20 +84,24 @@ class RunFolder:
     ) -> dict[str, Any]:
         """Runs `work` unless it was done with the same settings and inputs; returns what it reported then or now.
 
-        A stage that was begun with another key starts from nothing; one that was interrupted finds its finished parts. One whose output was
+        A stage that was begun with others starts from nothing; one that was interrupted finds its finished parts. One whose output was
         damaged or removed since mends it, or, where `work` could not tell what is whole (`one_piece`), starts from nothing.
+
+        Args:
+            settings: what JSON can hold, and parts of the configuration: a setting that is at its default and unknown to the version that
+                has made the stage makes no difference.
         """
-        key = stage_key(settings, inputs)
+        made_of = content_of(inputs)
         entry = self.manifest["stages"].get(name, {})
-        if self._done(name, key, outputs):
+        if self._done(name, settings, made_of, outputs):
             self.log("skipped", stage=name)
             return entry["report"]
-        if entry.get("key") != key or (one_piece and entry["state"] == "done"):
+        if not self._begun(name, settings, made_of) or (one_piece and entry["state"] == "done"):
             # without an entry they are another configuration's, in a folder that began as a copy; or a launcher's, of which `work` can tell
             for path in outputs if entry or not one_piece else []:
                 files.remove(path)
                 files.remove(files.checkpoints_of(path))
-            self._record(name, {"key": key, "state": "begun"})
+            self._record(name, {"settings": as_json(settings), "made_of": made_of, "state": "begun"})
         self.log("begun", stage=name)
         start = time.monotonic()
         report = work() or {}
@@ -105,7 +109,8 @@ class RunFolder:
         self._record(
             name,
             {
-                "key": key,
+                "settings": as_json(settings),
+                "made_of": made_of,
                 "state": "done",
                 "content": _content(outputs),
                 "seconds": seconds,
@@ -116,13 +121,18 @@ class RunFolder:
         self.log("done", stage=name, seconds=seconds)
         return report
 
-    def is_done(self, name: str, settings: dict[str, Any], inputs: list[Path], outputs: list[Path]) -> bool:
+    def is_done(self, name: str, settings: Any, inputs: list[Path], outputs: list[Path]) -> bool:
         """Whether `stage` would skip its work."""
-        return all(path.exists() for path in inputs) and self._done(name, stage_key(settings, inputs), outputs)
+        return all(path.exists() for path in inputs) and self._done(name, settings, content_of(inputs), outputs)
 
-    def _done(self, name: str, key: str, outputs: list[Path]) -> bool:
+    def _begun(self, name: str, settings: Any, made_of: list[str]) -> bool:
+        """Whether the stage was begun or done with these settings and inputs."""
         entry = self.manifest["stages"].get(name, {})
-        return entry.get("key") == key and entry.get("state") == "done" and entry["content"] == _content(outputs)
+        return entry.get("made_of") == made_of and agrees(entry["settings"], settings)
+
+    def _done(self, name: str, settings: Any, made_of: list[str], outputs: list[Path]) -> bool:
+        entry = self.manifest["stages"].get(name, {})
+        return self._begun(name, settings, made_of) and entry["state"] == "done" and entry["content"] == _content(outputs)
 
     def _record(self, name: str, entry: dict[str, Any]) -> None:
         self.manifest["stages"][name] = entry
@@ -184,13 +194,12 @@ def _content(outputs: list[Path]) -> str | None:
     return content_hash(*outputs) if all(path.exists() for path in outputs) else None
 
 
-def stage_key(settings: dict[str, Any], inputs: list[Path]) -> str:
-    """Raises `InputError` when an input is missing: the stage that makes it has not run."""
+def content_of(inputs: list[Path]) -> list[str]:
+    """A hash of each input's content. Raises `InputError` when one is missing: the stage that makes it has not run."""
     for path in inputs:
         if not path.exists():
             raise files.missing(path)
-    content = [content_hash(path) for path in inputs]
-    return hashlib.sha256(json.dumps([settings, content], sort_keys=True).encode()).hexdigest()[:16]
+    return [content_hash(path) for path in inputs]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class Stages:
     def stage(
         self, name: str, settings: Any, inputs: list[Path], outputs: list[Path], work: Callable[[], Report], one_piece: bool = False
     ) -> Report:
-        """Runs a stage of the run folder; `settings` (a mapping or a part of the configuration) and the seed are part of its key."""
+        """Runs a stage of the run folder; `settings` (see `RunFolder.stage`) and the seed are what it is made with."""
         self.announce(name, 0, 0, None)
         return self.folder.stage(name, self._seeded(settings), inputs, outputs, work, one_piece)
 
@@ -45,7 +45,7 @@ class Stages:
         return self.folder.is_done(name, self._seeded(settings), inputs, outputs)
 
     def _seeded(self, settings: Any) -> Report:
-        return {"seed": self.config.seed, **(settings if isinstance(settings, dict) else settings.model_dump(mode="json"))}
+        return {"seed": self.config.seed, "settings": settings}
 
     def step(self, worker: type, config: Settings, out: Path, **more: Any) -> Step:
         """A pool as the configuration has it, without GPUs: those are for language models; `more` are fields of `Step`."""
@@ -62,7 +62,7 @@ class Stages:
             self.folder.log("warning", stage=label, message=warning)
 
     def pool_settings(self) -> Report:
-        """The part of a stage's key that says how workers compute."""
+        """The part of a stage's settings that says how workers compute."""
         return {"threads": self.config.cluster.threads_per_worker}
 
     def failures(self, *outs: Path) -> Report:

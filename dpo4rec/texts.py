@@ -43,7 +43,7 @@ class Texts(Prepared):
             self.stream(f"{name}/sample", [self.sampling_step(sampler, out)], self.prompt_units(users))
             return {**self.describe(out / "samples"), **self.failures(out / "samples")}
 
-        settings = {**self.sampler_key(sampler), "splits": users[1], **self.pool_settings()}
+        settings = {"sampler": self.sampler_settings(sampler), "splits": users[1], **self.pool_settings()}
         return self.stage(f"{name}/sample", settings, [self.prompts.parent, *policy.files], [out / "samples"], work)
 
     def encoded_texts(self, name: str, policy: Policy, users: Users, decoding: Decoding, samples: int) -> Report:
@@ -71,9 +71,9 @@ class Texts(Prepared):
             purpose=purpose,
         )
 
-    def sampler_key(self, sampler: SamplerConfig) -> Report:
-        """The part of a stage's key that says how texts are drawn; the policy's files are among its inputs."""
-        return sampler.model_dump(exclude={"source", "adapter"})
+    def sampler_settings(self, sampler: SamplerConfig) -> SamplerConfig:
+        """The part of a stage's settings that says how texts are drawn; the policy's files are among its inputs."""
+        return sampler.model_copy(update={"source": "", "adapter": None})
 
     def write_item_texts(self) -> Report:
         """One text for each item by the untuned model: KAR's item-factual knowledge."""
@@ -92,8 +92,9 @@ class Texts(Prepared):
             return {"texts": len(texts), "unfinished": len(texts) - pc.sum(texts["finished"].cast(pa.int64())).as_py()}
 
         settings = {
-            "prompt": config.prompt.model_dump(include={"item_request", "chat_template_arguments"}),
-            **self.sampler_key(sampler),
+            "request": config.prompt.item_request,
+            "chat_template_arguments": config.prompt.chat_template_arguments,
+            "sampler": self.sampler_settings(sampler),
             **self.pool_settings(),
         }
         return self.stage("item-texts", settings, [self.folder / "data", *self.policy(0).files], [out], work)
@@ -108,7 +109,7 @@ class Texts(Prepared):
             self.stream(f"{name}/encode", [self.encoding_step(out)], Files(out / "samples"))
             return {**self.cut_texts(name), **self.failures(out / "vectors")}
 
-        settings = {**self.config.encoder.model_dump(), **self.pool_settings()}
+        settings = {"encoder": self.config.encoder, **self.pool_settings()}
         return self.stage(f"{name}/encode", settings, [out / "samples", self.encoder_folder], [out / "vectors"], work)
 
     def encoding_step(self, folder: Path, **more: Any) -> Step:

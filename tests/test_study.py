@@ -22,7 +22,7 @@ from dpo4rec.evaluation.significance import paired_bootstrap
 from dpo4rec.preference.best_of import best_by_other_half
 from dpo4rec.preference.config import RewardConfig
 from dpo4rec.report.study import tables
-from dpo4rec.run_folder import fork, stage_key
+from dpo4rec.run_folder import content_of, fork
 from dpo4rec.study import RESULTS, Study, StudyConfig, load_study
 from dpo4rec.study_results import keep_evaluations, study_results
 
@@ -269,7 +269,7 @@ def test_a_fork_begins_with_what_is_done_and_leaves_its_origin_alone(tmp_path: P
         "manifest.json",
         "round-0/adapter/log.jsonl",
     ]
-    assert stage_key({}, [source / "round-0"]) == stage_key({}, [target / "round-0"])
+    assert content_of([source / "round-0"]) == content_of([target / "round-0"])
     (target / "manifest.json").unlink()
     fork(source, target)  # is there already
     assert (source / "manifest.json").exists()
